@@ -1,0 +1,44 @@
+// Philox 4x32-10 (Salmon et al. 2011): attention dropout decided by counters, the same in forward, backward and every backend.
+//
+// Word (token mod 4) of counter (token / 4, row, batch, offset) under key (seed low, seed high) belongs to (batch, row, token);
+// the weight is dropped where the word is below p * 2^32.
+#pragma once
+
+#include <cstdint>
+
+#include "../ops.h"
+
+namespace pk {
+namespace {
+
+inline void philox(uint32_t (&counter)[4], uint64_t seed) {
+  uint32_t key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product_0 = uint64_t{0xD2511F53} * counter[0];
+    const uint64_t product_1 = uint64_t{0xCD9E8D57} * counter[2];
+    const uint32_t word_0 = static_cast<uint32_t>(product_1 >> 32) ^ counter[1] ^ key_0;
+    const uint32_t word_2 = static_cast<uint32_t>(product_0 >> 32) ^ counter[3] ^ key_1;
+    counter[1] = static_cast<uint32_t>(product_1);
+    counter[3] = static_cast<uint32_t>(product_0);
+    counter[0] = word_0;
+    counter[2] = word_2;
+    key_0 += 0x9E3779B9;
+    key_1 += 0xBB67AE85;
+  }
+}
+
+// keep[row] = 0 or 1 / (1 - p) for `rows` rows from first_row on, for one token.
+template <class T>
+inline void dropout_scales(const Dropout& dropout, int64_t batch_index, int64_t first_row, int64_t token, int rows, T* keep) {
+  const uint64_t threshold = static_cast<uint64_t>(dropout.p * 4294967296.0);
+  const T kept = static_cast<T>(1.0 / (1.0 - dropout.p));
+  for (int i = 0; i < rows; ++i) {
+    uint32_t words[4] = {static_cast<uint32_t>(token >> 2), static_cast<uint32_t>(first_row + i),
+                         static_cast<uint32_t>(batch_index), dropout.offset};
+    philox(words, dropout.seed);
+    keep[i] = words[token & 3] < threshold ? T(0) : kept;
+  }
+}
+
+}  // namespace
+}  // namespace pk

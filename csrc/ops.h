@@ -1,0 +1,64 @@
+// Every native op, declared once; csrc/cpu and csrc/cuda implement the same declarations.
+#pragma once
+
+#include "tensor.h"
+
+namespace pk {
+
+// Counter-based dropout: the decision for (batch, row, token) depends on these numbers alone.
+struct Dropout {
+  double p = 0.0;
+  uint64_t seed = 0;
+  uint32_t offset = 0;
+};
+
+// Inputs of separable attention, math.md "The core operator". Absent r and mask are undefined views.
+struct SeparableInputs {
+  TensorView a;       // [B|1, R, c]
+  TensorList tables;  // per axis [B|1, R, S_k]
+  TensorView x;       // [B, S_1, ..., S_A, c]
+  TensorView r;       // [B, S_1, ..., S_A]
+  TensorView mask;    // [B, S_1, ..., S_A], boolean
+  Dropout dropout;
+};
+
+struct SeparableOutputs {
+  TensorView acc;        // [B, R, c]
+  TensorList marginals;  // per axis [B, R, S_k]
+  TensorView lse;        // [B, R]
+  TensorView total;      // [B, R]
+};
+
+// Gradients of a and the tables keep the batch dimension B even where the inputs have batch 1: the caller sums.
+struct SeparableGradients {
+  TensorView a;        // [B, R, c]
+  TensorList tables;   // per axis [B, R, S_k]
+  TensorView x;        // [B, S_1, ..., S_A, c], undefined when not needed
+  TensorView r;        // [B, S_1, ..., S_A], undefined when not needed
+};
+
+struct FourierSpec {
+  TensorList tables;             // per axis [S_k, e_k], float64
+  std::vector<int64_t> columns;  // for every table column, axis after axis: where it stands among the output's channels
+};
+
+struct CpuOps {
+  const char* name;
+  int vector_bytes;
+  void (*separable_attention_fwd)(const SeparableInputs&, const SeparableOutputs&);
+  void (*separable_attention_bwd)(const SeparableInputs&, const SeparableOutputs& saved, const SeparableOutputs& upstream,
+                                  const SeparableGradients&);
+  // r = 1 / sqrt(variance of [scale * x + shift ; features] + eps), math.md "LayerNorm statistics are separable too".
+  // sums and squares: per axis [S_k], the sums of the features of a position and of their squares.
+  void (*separable_layer_norm)(const TensorView& x, const TensorList& sums, const TensorList& squares,
+                               const TensorView& scale, const TensorView& shift, int64_t feature_channels, double eps,
+                               const TensorView& r);
+  void (*fourier_encode)(const FourierSpec&, const TensorView& data, const TensorView& out);
+  double (*exp_rate)(double seconds);
+};
+
+// The level in use: the best the processor runs, or the one named by PERCEIVER_KERNELS_CPU_ISA.
+const CpuOps& cpu_ops();
+std::vector<const char*> cpu_levels();
+
+}  // namespace pk

@@ -1,0 +1,1 @@
+"""perceiver_kernels: fused kernels that make Perceiver models fast."""

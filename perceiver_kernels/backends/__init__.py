@@ -1,0 +1,1 @@
+"""What runs the ops: the pure-PyTorch reference and the compiled kernels. A backend never imports ops."""

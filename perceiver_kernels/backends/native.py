@@ -1,0 +1,146 @@
+"""The one marshaller from tensors to the compiled modules: torch tensors become (address, dtype, sizes, strides)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# The codes of pk::DType in csrc/tensor.h.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.uint8: 4,
+    torch.bool: 5,
+}
+
+Described: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(maxsize=1)
+def cpu_module() -> ModuleType:
+    """The compiled CPU module. Raises ImportError where this install has none."""
+    return importlib.import_module("perceiver_kernels._cpu")
+
+
+@lru_cache(maxsize=1)
+def cpu_unavailable() -> str | None:
+    """Why the compiled CPU module cannot be used, or None where it can."""
+    try:
+        cpu_module()
+    except (ImportError, ValueError) as error:
+        return f"the compiled CPU module does not load: {error}"
+    return None
+
+
+def describe(tensor: Tensor | None) -> Described | None:
+    """What native code needs to know of a tensor; the caller keeps the tensor alive during the call."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+def describe_all(tensors: Sequence[Tensor]) -> tuple[Described | None, ...]:
+    return tuple(describe(tensor) for tensor in tensors)
+
+
+State: TypeAlias = tuple[Tensor, list[Tensor], Tensor, Tensor]
+
+
+def _rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
+    return like.new_empty(batch, entries, rows).transpose(1, 2)
+
+
+def _described_state(state: State) -> tuple[Described | None, tuple[Described | None, ...], Described | None, Described | None]:
+    acc, marginals, lse, total = state
+    return describe(acc), describe_all(marginals), describe(lse), describe(total)
+
+
+def separable_attention_fwd(
+    a: Tensor,
+    tables: Sequence[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: int,
+) -> State:
+    """acc, marginals, lse (float64) and total of separable attention, by csrc/cpu/separable_attention.cpp."""
+    batch, rows = x.shape[0], a.shape[1]
+    acc = a.new_empty(batch, rows, a.shape[2])
+    marginals = [_rows_contiguous(a, batch, rows, table.shape[2]) for table in tables]
+    lse = a.new_empty(batch, rows, dtype=torch.float64)
+    total = a.new_empty(batch, rows)
+    cpu_module().separable_attention_fwd(
+        (describe(a), describe_all(tables), describe(x), describe(r), describe(mask)),
+        (dropout_p, seed, 0),
+        _described_state((acc, marginals, lse, total)),
+        torch.get_num_threads(),
+    )
+    return acc, marginals, lse, total
+
+
+def separable_attention_bwd(
+    a: Tensor,
+    tables: Sequence[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: int,
+    saved: State,
+    upstream: State,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Gradients of a, the tables, x and r, empty where not needed; rows and tokens by a kernel each."""
+    needs_rows, needs_x, needs_r = needs
+    batch, rows = x.shape[0], a.shape[1]
+    d_a = a.new_empty((batch, rows, a.shape[2]) if needs_rows else 0)
+    d_tables = [_rows_contiguous(a, batch, rows, t.shape[2]) if needs_rows else a.new_empty(0) for t in tables]
+    # Masked tokens are never visited: their gradients are the zeros of the allocation.
+    allocate = torch.empty if mask is None else torch.zeros
+    d_x = allocate(x.shape if needs_x else 0, dtype=x.dtype)
+    d_r = allocate(x.shape[:-1] if needs_r else 0, dtype=a.dtype)
+    cpu_module().separable_attention_bwd(
+        (describe(a), describe_all(tables), describe(x), describe(r), describe(mask)),
+        (dropout_p, seed, 0),
+        _described_state(saved),
+        _described_state(upstream),
+        (
+            describe(d_a) if needs_rows else None,
+            describe_all(d_tables) if needs_rows else (),
+            describe(d_x) if needs_x else None,
+            describe(d_r) if needs_r else None,
+        ),
+        torch.get_num_threads(),
+    )
+    if needs_rows and a.shape[0] == 1 and batch != 1:
+        d_a, d_tables = d_a.sum(0, keepdim=True), [d.transpose(1, 2).sum(0, keepdim=True).transpose(1, 2) for d in d_tables]
+    return d_a, d_tables, d_x, d_r
+
+
+def separable_layer_norm_fwd(
+    x: Tensor,
+    sums: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    feature_channels: int,
+    eps: float,
+) -> Tensor:
+    """(batch, S_1, ..., S_A): LayerNorm's reciprocal standard deviation, by csrc/cpu/separable_layer_norm.cpp."""
+    r = sums[0].new_empty(x.shape[:-1])
+    # Kept in variables: the described memory must outlive the call.
+    sums, squares = [s.contiguous() for s in sums], [s.contiguous() for s in squares]
+    cpu_module().separable_layer_norm(
+        describe(x), describe_all(sums), describe_all(squares), describe(x_scale), describe(x_shift),
+        feature_channels, eps, describe(r), torch.get_num_threads(),
+    )  # fmt: skip
+    return r

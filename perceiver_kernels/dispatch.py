@@ -1,0 +1,170 @@
+"""Which backend runs a call, and why: backends declare what they support as data, and the first that supports a call runs it."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "native", "reference")
+CHOICES = ("auto", *BACKENDS)
+ENVIRONMENT = "PERCEIVER_KERNELS_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run this call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend needs to know of one call to decide whether it can run it."""
+
+    op: str
+    device: str
+    compute_dtype: torch.dtype
+    data_dtype: torch.dtype
+    axes: int | None = None
+    channels: int | None = None
+    mask: bool = False
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What one backend supports of one op. Selection, error messages, explain() and the test grid come from these."""
+
+    op: str
+    backend: str
+    load: Callable[[], ModuleType]
+    devices: tuple[str, ...]
+    compute_dtypes: tuple[torch.dtype, ...]
+    data_dtypes: tuple[torch.dtype, ...]
+    axes: tuple[int, int] | None = None
+    channels: tuple[int, int] | None = None
+    mask: bool = True
+    dropout: bool = True
+    deterministic: bool = True
+    unavailable: Callable[[], str | None] = field(default=lambda: None)
+
+    def not_supported_reasons(self, call: Call) -> list[str]:
+        """Every reason why this backend cannot run the call; empty where it can."""
+        reasons = []
+        missing = self.unavailable()
+        if missing:
+            reasons.append(missing)
+        if "any" not in self.devices and call.device not in self.devices:
+            reasons.append(f"device is {call.device}, must be {_one_of(self.devices)}")
+        if call.compute_dtype not in self.compute_dtypes:
+            reasons.append(f"compute dtype is {_name(call.compute_dtype)}, must be {_one_of(self.compute_dtypes)}")
+        if call.data_dtype not in self.data_dtypes:
+            reasons.append(f"data dtype is {_name(call.data_dtype)}, must be {_one_of(self.data_dtypes)}")
+        for what, value, limits in (("axes", call.axes, self.axes), ("channels", call.channels, self.channels)):
+            if value is not None and limits is not None and not limits[0] <= value <= limits[1]:
+                reasons.append(f"{what} is {value}, must be from {limits[0]} to {limits[1]}")
+        if call.mask and not self.mask:
+            reasons.append("a mask is given, which it does not take")
+        if call.dropout and not self.dropout:
+            reasons.append("dropout is on, which it does not do")
+        return reasons
+
+
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _one_of(values: tuple[Any, ...]) -> str:
+    return " or ".join(_name(value) for value in values)
+
+
+_declarations: dict[str, list[Declaration]] = {}
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("perceiver_kernels_backend", default=None)
+_default: str | None = None
+
+
+def declare(declaration: Declaration) -> None:
+    """Adds a backend's declaration for an op; the order of BACKENDS is the order of preference."""
+    entries = _declarations.setdefault(declaration.op, [])
+    entries.append(declaration)
+    entries.sort(key=lambda entry: BACKENDS.index(entry.backend))
+
+
+def declarations(op: str | None = None) -> list[Declaration]:
+    """All declarations, of one op or of every op, in order of preference."""
+    if op is None:
+        return [entry for entries in _declarations.values() for entry in entries]
+    if op not in _declarations:
+        raise ValueError(f"op is {op!r}, must be one of {', '.join(sorted(_declarations))}")
+    return list(_declarations[op])
+
+
+def current_backend() -> str:
+    """The backend asked for: by use_backend(), else by PERCEIVER_KERNELS_BACKEND, else "auto"."""
+    return _chosen.get() or _default or _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{argument} is {name!r}, must be one of {', '.join(CHOICES)}")
+    return name
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Makes every op run on one backend: at once for the whole process, or, in a `with` statement, until its end.
+
+    Args:
+        name: "auto" (the first that supports the call), "reference", "native", "triton" or "cuda".
+
+    Raises:
+        ValueError: no such name. A backend that cannot run a call raises BackendError at that call.
+    """
+    global _default
+    previous, _default = _default, _checked(name, "name")
+    return _restored(previous, name)
+
+
+@contextmanager
+def _restored(previous: str | None, name: str) -> Iterator[None]:
+    global _default
+    _default = previous
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def select(call: Call) -> Declaration:
+    """The declaration that runs the call.
+
+    Raises:
+        BackendError: the forced backend cannot run it; the message lists every reason.
+    """
+    wanted = current_backend()
+    for entry in _declarations[call.op]:
+        if wanted in ("auto", entry.backend) and not entry.not_supported_reasons(call):
+            return entry
+    raise BackendError(f"{call.op} cannot run on the backend {wanted!r} that was asked for:\n{describe(call)}")
+
+
+def describe(call: Call) -> str:
+    """Which backend would run the call, and every other backend's reasons why not."""
+    wanted = current_backend()
+    lines, chosen = [], False
+    for entry in _declarations[call.op]:
+        reasons = entry.not_supported_reasons(call)
+        if wanted not in ("auto", entry.backend):
+            reasons.append(f"the backend asked for is {wanted!r}")
+        if reasons:
+            lines.append(f"  {entry.backend}: no, {'; '.join(reasons)}")
+        else:
+            lines.append(f"  {entry.backend}: {'would do' if chosen else 'runs this call'}")
+            chosen = True
+    known = {entry.backend for entry in _declarations[call.op]}
+    lines += [f"  {name}: no, it has no {call.op}" for name in BACKENDS if name not in known]
+    return "\n".join([call.op, *lines])

@@ -1,0 +1,404 @@
+"""Pre-norm attention modules: from latents to data (CrossAttention) and among latents (SelfAttention)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules.folding import (
+    PathChoice,
+    absorbed_cross_attention,
+    choose_path,
+    separable_cross_attention,
+)
+
+# perceiver-pytorch's: a latent without any weight gets zeros from inverted attention, not NaN.
+_INVERTED_EPS = 1e-8
+
+
+class AttentionProjections(nn.Module):
+    """The linear maps around an attention: to_q, to_kv (keys, then values) and to_out; head by head within each."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        inner_dim: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.to_kv = nn.Linear(context_dim, 2 * inner_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.to_out = nn.Linear(inner_dim, query_dim, bias=out_bias, device=device, dtype=dtype)
+
+
+class CrossAttention(nn.Module):
+    """Pre-norm attention of latents to data on a grid or to dense tokens; the residual is the caller's.
+
+    out = to_out( softmax(head_dim^-1/2 * q @ k^T) @ v ),
+    q = to_q( norm(latents) ),  [k, v] = to_kv( norm_context(context) )
+
+    With a grid, context holds only the raw data channels; each token's Fourier features count as further channels after
+    them, and the separable path never builds them, nor keys, nor values. Which path runs is chosen by shape;
+    `explain` names it.
+
+    Args:
+        query_dim: channels of the latents and of the output.
+        context_dim: channels of a token, Fourier features included; defaults to query_dim.
+        heads: attention heads.
+        head_dim: channels per head.
+        dropout: probability in [0, 1) of dropping an attention weight in training.
+        qkv_bias: whether to_q and to_kv have biases.
+        out_bias: whether to_out has a bias.
+        query_norm: whether the latents pass a LayerNorm.
+        context_norm: whether the tokens pass a LayerNorm.
+        eps: of both LayerNorms.
+        masked_rows: what the attention gives for an input whose mask is False everywhere: "zeros", or, as
+            perceiver-pytorch does, the "mean" of the values of all its tokens.
+
+    Parameters are named norm, norm_context, fn.to_q, fn.to_kv and fn.to_out, as in perceiver-pytorch.
+    Source: Jaegle et al. 2021, arXiv:2103.03206.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        *,
+        heads: int = 1,
+        head_dim: int = 64,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        query_norm: bool = True,
+        context_norm: bool = True,
+        eps: float = 1e-5,
+        masked_rows: Literal["zeros", "mean"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_dropout(dropout)
+        if masked_rows not in ("zeros", "mean"):
+            raise ValueError(f'masked_rows is {masked_rows!r}, but must be "zeros" or "mean"')
+        self.query_dim = query_dim
+        self.context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.head_dim = head_dim
+        self.dropout = dropout
+        self.masked_rows = masked_rows
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fn = AttentionProjections(
+            query_dim, self.context_dim, heads * head_dim, qkv_bias=qkv_bias, out_bias=out_bias, **factory
+        )
+        self.norm = nn.LayerNorm(query_dim, eps=eps, **factory) if query_norm else nn.Identity()
+        self.norm_context = nn.LayerNorm(self.context_dim, eps=eps, **factory) if context_norm else None
+
+    def forward(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        *,
+        grid: FourierGrid | None = None,
+        mask: Tensor | None = None,
+        inverted: bool = False,
+    ) -> Tensor:
+        """Attend from the latents to the context.
+
+        Args:
+            latents: (batch, N, query_dim), or (1, N, query_dim) for latents that all inputs share.
+            context: with a grid, data (batch, *grid.shape, c) or (batch, M, c), c = context_dim - grid.num_channels, of
+                any floating dtype and any strides; without a grid, tokens (batch, M, context_dim).
+            grid: where the tokens stand and which features a position has.
+            mask: bool (batch, M) or (batch, *grid.shape), True = attend.
+            inverted: normalise each token's scores over the latents, then each latent's weights over the tokens.
+
+        Returns:
+            (batch, N, query_dim).
+
+        Raises:
+            ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        """
+        context, mask = self._flatten(latents, context, grid, mask)
+        path = "inverted" if inverted else self._choose_path(latents, context, grid).path
+        query = self.fn.to_q(self.norm(latents))
+        if mask is not None and not inverted and self.masked_rows == "mean":
+            query, mask = _make_all_masked_uniform(query, mask)
+        if path == "separable":
+            assert grid is not None
+            attended = separable_cross_attention(query, context, grid, mask, **self._key_value_arguments())
+        else:
+            attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
+        return self.fn.to_out(attended)
+
+    def explain(
+        self,
+        latents: Tensor,
+        context: Tensor,
+        *,
+        grid: FourierGrid | None = None,
+        mask: Tensor | None = None,
+        inverted: bool = False,
+    ) -> str:
+        """Say in one line which path `forward` takes for these arguments, and why."""
+        context, _ = self._flatten(latents, context, grid, mask)
+        if inverted:
+            return "inverted: plain PyTorch, because attention normalised over the latents has no fused path yet"
+        return str(self._choose_path(latents, context, grid))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}, masked_rows={self.masked_rows!r}"
+
+    def _flatten(
+        self, latents: Tensor, context: Tensor, grid: FourierGrid | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check the arguments of `forward`; give the context as (batch, M, channels) and the mask as (batch, M)."""
+        if grid is None:
+            channels, shape = self.context_dim, tuple(context.shape[1:2])
+        else:
+            channels, shape = self.context_dim - grid.num_channels, grid.shape
+            if channels < 1:
+                raise ValueError(f"grid has {grid.num_channels} channels, but must have fewer than {self.context_dim}")
+        context = _flatten_context(context, shape, channels)
+        _check_latents(latents, context, self.query_dim)
+        if mask is not None:
+            mask = flatten_key_mask(mask, context.shape[0], shape, context.device)
+        return context, mask
+
+    def _choose_path(self, latents: Tensor, context: Tensor, grid: FourierGrid | None) -> PathChoice:
+        batch, num_tokens, channels = context.shape
+        return choose_path(
+            queries=latents.shape[1],
+            batch=batch,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            data_channels=channels,
+            grid=grid,
+            context_channels=self.context_dim,
+            num_tokens=num_tokens,
+        )
+
+    def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
+        """The dense tokens (batch, M, context_dim), with a grid's features written out."""
+        dtype = self.fn.to_kv.weight.dtype
+        context = context.to(dtype)
+        if grid is None:
+            return context
+        features = grid.encode(device=context.device, dtype=dtype)
+        return torch.cat((context, features.expand(context.shape[0], -1, -1)), dim=-1)
+
+    def _key_value_arguments(self) -> dict[str, Any]:
+        """What every path takes besides the query, the context and the mask."""
+        norm = self.norm_context
+        return {
+            "heads": self.heads,
+            "scale": self.head_dim**-0.5,
+            "norm_weight": None if norm is None else norm.weight,
+            "norm_bias": None if norm is None else norm.bias,
+            "eps": None if norm is None else norm.eps,
+            "kv_weight": self.fn.to_kv.weight,
+            "kv_bias": self.fn.to_kv.bias,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+
+
+class SelfAttention(nn.Module):
+    """Pre-norm attention among the latents of an input; the residual is the caller's.
+
+    out = to_out( softmax(head_dim^-1/2 * q @ k^T) @ v ),
+    q = to_q( norm(x) ),  [k, v] = to_kv( norm(x) )
+
+    Args:
+        dim: channels in and out.
+        heads: attention heads.
+        head_dim: channels per head.
+        dropout: probability in [0, 1) of dropping an attention weight in training.
+        qkv_bias: whether to_q and to_kv have biases.
+        out_bias: whether to_out has a bias.
+        eps: of the LayerNorm.
+
+    Parameters are named norm, fn.to_q, fn.to_kv and fn.to_out, as in perceiver-pytorch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int = 64,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_dropout(dropout)
+        self.heads = heads
+        self.dropout = dropout
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fn = AttentionProjections(dim, dim, heads * head_dim, qkv_bias=qkv_bias, out_bias=out_bias, **factory)
+        self.norm = nn.LayerNorm(dim, eps=eps, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, N, dim) to (batch, N, dim)."""
+        x = self.norm(x)
+        query = _split_heads(self.fn.to_q(x), self.heads)
+        keys, values = (_split_heads(part, self.heads) for part in self.fn.to_kv(x).chunk(2, dim=-1))
+        dropout_p = self.dropout if self.training else 0.0
+        return self.fn.to_out(_merge_heads(F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p)))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, dropout={self.dropout}"
+
+
+def projected_cross_attention(
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    *,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+    **norm_and_projection: Any,
+) -> Tensor:
+    """Dense cross-attention with keys and values in memory; inputs whose mask is False everywhere get zeros.
+
+    Args:
+        query: (batch or 1, N, heads * head_dim), projected.
+        context: (batch, M, channels), not yet normalised.
+        mask: bool (batch, M), True = attend.
+        heads, scale, dropout_p: as in torch's scaled_dot_product_attention.
+        norm_and_projection: norm_weight, norm_bias, eps, kv_weight and kv_bias, as `_keys_and_values` takes them.
+
+    Returns:
+        (batch, N, heads * head_dim).
+    """
+    keys, values = _keys_and_values(context, heads, **norm_and_projection)
+    query = _split_heads(query, heads).expand(context.shape[0], -1, -1, -1)
+    if mask is None:
+        return _merge_heads(F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p, scale=scale))
+    all_masked = ~mask.any(dim=-1, keepdim=True)
+    # No kernel sees a row without keys, which not every backend defines; what it gives instead is overwritten below.
+    attend = (mask | all_masked)[:, None, None, :]
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=attend, dropout_p=dropout_p, scale=scale)
+    return _merge_heads(out).masked_fill(all_masked[:, :, None], 0.0)
+
+
+def inverted_cross_attention(
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    *,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+    **norm_and_projection: Any,
+) -> Tensor:
+    """Slot attention in plain PyTorch: softmax over the latents of each token, then L1 norm over the tokens.
+
+    Arguments and result as in `projected_cross_attention`. A latent without any weight gets zeros.
+    Source: Locatello et al. 2020, arXiv:2006.15055.
+    """
+    keys, values = _keys_and_values(context, heads, **norm_and_projection)
+    weights = (_split_heads(query, heads) * scale @ keys.transpose(-2, -1)).softmax(dim=-2)
+    if mask is not None:
+        weights = weights.masked_fill(~mask[:, None, None, :], 0.0)
+    weights = F.dropout(F.normalize(weights, p=1.0, dim=-1, eps=_INVERTED_EPS), dropout_p)
+    return _merge_heads(weights @ values)
+
+
+_DENSE_PATHS = {
+    "absorbed": absorbed_cross_attention,
+    "projected": projected_cross_attention,
+    "inverted": inverted_cross_attention,
+}
+
+
+def flatten_key_mask(mask: Tensor, batch: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Check a key mask for `batch` inputs with tokens on a grid of this shape; give it as (batch, M)."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}, but must be torch.bool, True = attend")
+    num_tokens = math.prod(shape)
+    if tuple(mask.shape) not in ((batch, num_tokens), (batch, *shape)):
+        expected = _either((batch, num_tokens), (batch, *shape))
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, but must be {expected}")
+    if mask.device != device:
+        raise ValueError(f"mask is on {mask.device}, but what it masks is on {device}")
+    return mask.flatten(1)
+
+
+def _flatten_context(context: Tensor, shape: tuple[int, ...], channels: int) -> Tensor:
+    if not context.is_floating_point():
+        raise ValueError(f"context has dtype {context.dtype}, but must be floating-point")
+    num_tokens = math.prod(shape)
+    if tuple(context.shape[1:]) not in ((num_tokens, channels), (*shape, channels)):
+        expected = _either(("batch", num_tokens, channels), ("batch", *shape, channels))
+        raise ValueError(f"context has shape {tuple(context.shape)}, but must be {expected}")
+    if num_tokens == 0:
+        raise ValueError(f"context has shape {tuple(context.shape)}: there is no token to attend to")
+    return context.flatten(1, -2)
+
+
+def _either(*shapes: tuple[int | str, ...]) -> str:
+    """The distinct shapes in words: "(batch, 12, 3) or (batch, 3, 4, 3)"."""
+    return " or ".join(dict.fromkeys(f"({', '.join(map(str, shape))})" for shape in shapes))
+
+
+def _check_latents(latents: Tensor, context: Tensor, query_dim: int) -> None:
+    if latents.ndim != 3 or latents.shape[2] != query_dim:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}, but must be (batch, N, {query_dim})")
+    if latents.shape[0] not in (1, context.shape[0]):
+        raise ValueError(f"latents has batch {latents.shape[0]}, but context has {context.shape[0]}")
+    if latents.device != context.device:
+        raise ValueError(f"context is on {context.device}, but latents is on {latents.device}")
+
+
+def _check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, but must be in [0, 1)")
+
+
+def _make_all_masked_uniform(query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an input's mask is False everywhere, let a zero query attend to all its tokens, so with equal weights.
+
+    With no branch on the data, every path then gives the mean of the values there, and the query gets no gradient.
+    """
+    all_masked = ~mask.any(dim=-1, keepdim=True)
+    return query.masked_fill(all_masked[:, :, None], 0.0), mask | all_masked
+
+
+def _keys_and_values(
+    context: Tensor,
+    heads: int,
+    *,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    kv_weight: Tensor,
+    kv_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm."""
+    if eps is not None:
+        context = F.layer_norm(context, context.shape[-1:], norm_weight, norm_bias, eps)
+    keys, values = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
+    return _split_heads(keys, heads), _split_heads(values, heads)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, n, heads * head_dim) -> (batch, heads, n, head_dim)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """(batch, heads, n, head_dim) -> (batch, n, heads * head_dim)."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,229 @@
+"""LayerNorm, keys and values folded around separable attention, and the choice between the paths of cross-attention.
+
+A token is z = [x ; features of its position on each axis]. Keys and values are linear in LayerNorm(z), so the per-axis
+feature tables are projected instead of the tokens: position_keys[k] = F_k W_K,k^T has one row per position of axis k,
+not one per token (math.md, "Folding LayerNorm and the K and V projections into the query").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, separable_attention
+from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
+
+# Cost of one exponential in multiply-adds, and the longest single axis for which a table of (rows, positions) is worth it.
+EXPONENTIAL_COST = 10
+LONGEST_SINGLE_AXIS = 4096
+
+
+@dataclass(frozen=True)
+class PathChoice:
+    """The path that runs a cross-attention, and what each path would cost in multiply-adds or why it cannot run."""
+
+    path: str
+    costs: dict[str, int | str]
+
+    def describe(self) -> str:
+        lines = [f"path: {self.path}"]
+        for path, cost in self.costs.items():
+            lines.append(f"  {path}: {cost if isinstance(cost, str) else f'{cost / 1e9:.3f} G multiply-adds'}")
+        return "\n".join(lines)
+
+
+def choose_path(
+    *,
+    queries: int,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    data_channels: int,
+    grid: FourierGrid | None,
+    context_channels: int,
+    num_tokens: int,
+) -> PathChoice:
+    """The cheapest path: "separable", "absorbed" (query absorbed into the context's channels, no keys or values) or "projected".
+
+    The cost model, per batch entry and (row, token) pair, an exponential counting as EXPONENTIAL_COST multiply-adds:
+        separable   2 c + 2 A                      (c data channels, A axes)
+        absorbed    2 C                            (C context channels)
+        projected   2 head_dim, and 2 C heads head_dim per token for keys and values
+    """
+    pairs = batch * heads * queries * num_tokens
+    projections = 2 * batch * num_tokens * context_channels * heads * head_dim
+    costs: dict[str, int | str] = {
+        "separable": _separable_obstacle(grid, data_channels)
+        or pairs * (2 * data_channels + 2 * (grid.num_axes if grid else 0) + EXPONENTIAL_COST),
+        "absorbed": pairs * (2 * context_channels + EXPONENTIAL_COST),
+        "projected": pairs * (2 * head_dim + EXPONENTIAL_COST) + projections,
+    }
+    possible = {path: cost for path, cost in costs.items() if not isinstance(cost, str)}
+    return PathChoice(min(possible, key=lambda path: possible[path]), costs)
+
+
+def _separable_obstacle(grid: FourierGrid | None, data_channels: int) -> str | None:
+    if grid is None:
+        return "no, the context is not data on a grid with per-axis features"
+    if not 1 <= data_channels <= MAX_CHANNELS:
+        return f"no, the data has {data_channels} channels, must have 1 to {MAX_CHANNELS}"
+    if not 1 <= grid.num_axes <= MAX_AXES:
+        return f"no, the grid has {grid.num_axes} axes, must have 1 to {MAX_AXES}"
+    if grid.num_axes == 1 and grid.num_positions >= LONGEST_SINGLE_AXIS:
+        return f"no, a single axis of {grid.num_positions} positions has as large a table as its scores"
+    return None
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """Keys or values as a function of data and position: W z^ + b without z^."""
+
+    data: Tensor  # (heads, head_dim, c)
+    positions: list[Tensor]  # per axis (heads, S_k, head_dim)
+    constant: Tensor | None  # (heads * head_dim,)
+
+
+def _projections(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    normalise: bool,
+    grid: FourierGrid,
+    heads: int,
+    channels: int,
+) -> tuple[_Projection, _Projection]:
+    """Keys and values: LayerNorm's gain and centring go into the weights, its bias into the constant."""
+    folded = weight if norm_weight is None else weight * norm_weight
+    if normalise:
+        folded = folded - folded.mean(1, keepdim=True)
+    constant = bias
+    if norm_bias is not None:
+        constant = F.linear(norm_bias, weight, bias)
+    per_head = folded.unflatten(0, (2, heads, -1))  # keys and values, heads, head_dim, channels
+    positions = []
+    for table, index in zip(grid.tables(weight.device, weight.dtype), grid.channel_index(), strict=True):
+        # As one product of (S_k, e_k) and (e_k, keys and values of all heads).
+        columns = folded[:, channels + index.to(weight.device)]
+        positions.append((table @ columns.t()).unflatten(1, (2, heads, -1)).permute(1, 2, 0, 3))
+    constants = (None, None) if constant is None else constant.chunk(2)
+    keys, values = (
+        _Projection(per_head[i, ..., :channels], [p[i] for p in positions], constants[i]) for i in range(2)
+    )
+    return keys, values
+
+
+def separable_cross_attention(
+    query: Tensor,
+    data: Tensor,
+    grid: FourierGrid,
+    mask: Tensor | None,
+    *,
+    heads: int,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    kv_weight: Tensor,
+    kv_bias: Tensor | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(scale * q K^T) V with K, V = kv_weight LayerNorm([data ; encoding]) + kv_bias, without the encoded array, K or V.
+
+    Args:
+        query: (batch or 1, queries, heads * head_dim), projected; batch 1 is not expanded.
+        data: (batch, *grid.shape, c) or (batch, M, c).
+        mask: bool (batch, M) or (batch, *grid.shape), True = attend.
+        norm_weight, norm_bias: LayerNorm of the tokens; eps None means that there is none.
+        kv_weight: (2 * heads * head_dim, c + grid.num_channels), keys first.
+
+    Returns:
+        (batch, queries, heads * head_dim) in the query's dtype.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        parameters = [
+            None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)
+        ]
+        result = _separable(query.to(dtype), data, grid, mask, parameters, heads, scale, eps, dropout_p)
+    return result.to(query.dtype)
+
+
+def _separable(
+    query: Tensor,
+    data: Tensor,
+    grid: FourierGrid,
+    mask: Tensor | None,
+    parameters: list[Tensor | None],
+    heads: int,
+    scale: float,
+    eps: float | None,
+    dropout_p: float,
+) -> Tensor:
+    kv_weight, kv_bias, norm_weight, norm_bias = parameters
+    assert kv_weight is not None
+    x = data.reshape(data.shape[0], *grid.shape, data.shape[-1])
+    r = None
+    if eps is not None:
+        sums, squares = grid.feature_sums(query.device, query.dtype)
+        r = separable_layer_norm(x, sums, squares, feature_channels=grid.num_channels, eps=eps)
+    keys, values = _projections(
+        kv_weight, kv_bias, norm_weight, norm_bias, eps is not None, grid, heads, x.shape[-1]
+    )
+    q = (scale * query).unflatten(2, (heads, -1)).transpose(1, 2)  # batch or 1, heads, queries, head_dim
+    a = (q @ keys.data).flatten(1, 2)
+    # (positions, queries) products leave the rows next to each other, as the kernels like them.
+    tables = [(k @ q.transpose(2, 3)).transpose(2, 3).flatten(1, 2) for k in keys.positions]
+    state = separable_attention(a, tables, x, r, mask=mask, dropout_p=dropout_p)
+
+    per_head = [part.unflatten(1, (heads, -1)) for part in (state.acc, *state.marginals)]
+    out = per_head[0] @ values.data.transpose(1, 2)
+    for marginal, position_values in zip(per_head[1:], values.positions, strict=True):
+        out = out + marginal @ position_values
+    out = out.transpose(1, 2).flatten(2)
+    if values.constant is None:
+        return out
+    total = state.total.unflatten(1, (heads, -1)).transpose(1, 2)  # batch, queries, heads
+    return out + (total[..., None] * values.constant.unflatten(0, (heads, -1))).flatten(2)
+
+
+def absorbed_cross_attention(
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    *,
+    heads: int,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    kv_weight: Tensor,
+    kv_bias: Tensor | None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The same attention over a dense context, the key projection absorbed into the query, the value projection applied after.
+
+    Args:
+        context: (batch, M, C); the others as in separable_cross_attention.
+
+    Returns:
+        (batch, queries, heads * head_dim).
+    """
+    batch, channels = context.shape[0], context.shape[-1]
+    normed = context if eps is None else F.layer_norm(context, (channels,), norm_weight, norm_bias, eps)
+    key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)  # heads, head_dim, C
+    q = query.unflatten(2, (heads, -1)).transpose(1, 2)
+    absorbed = (q @ key_weight).expand(batch, -1, -1, -1)
+    if kv_bias is not None:  # a channel of ones sums the weights: 0 for masked rows, and not 1 under dropout
+        normed, absorbed = F.pad(normed, (0, 1), value=1.0), F.pad(absorbed, (0, 1))
+    shared = normed[:, None].expand(-1, heads, -1, -1)
+    allowed = None if mask is None else mask.flatten(1)[:, None, None]
+    weighted = F.scaled_dot_product_attention(absorbed, shared, shared, allowed, dropout_p, scale=scale)
+    out = weighted[..., :channels] @ value_weight.transpose(1, 2)
+    if kv_bias is not None:
+        out = out + weighted[..., channels:] * kv_bias.chunk(2)[1].unflatten(0, (heads, 1, -1))
+    return out.transpose(1, 2).flatten(2)

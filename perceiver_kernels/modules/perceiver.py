@@ -1,0 +1,272 @@
+"""Perceiver: the whole model, with the interface and checkpoints of perceiver-pytorch, on this library's attention."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules.attention import CrossAttention, SelfAttention, flatten_key_mask
+from perceiver_kernels.modules.checkpoints import upgrade_before_loading
+from perceiver_kernels.modules.feed_forward import FeedForward
+
+
+class ResidualPair(nn.Sequential):
+    """Modules one after the other, each added to what it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = x + module(x)
+        return x
+
+
+class PerceiverBlock(nn.Module):
+    """Cross-attention to the data, its MLP, then self-attention blocks over the latents, all with residuals."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        context_dim: int,
+        cross_heads: int,
+        latent_heads: int,
+        cross_dim_head: int,
+        latent_dim_head: int,
+        self_per_cross_attn: int,
+        attn_dropout: float,
+        ff_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.cross_attn = CrossAttention(
+            dim, context_dim, heads=cross_heads, head_dim=cross_dim_head, dropout=attn_dropout, masked_rows="mean"
+        )
+        self.cross_ff = FeedForward(dim, dropout=ff_dropout)
+        self.self_attns = nn.Sequential(
+            *(
+                ResidualPair(
+                    SelfAttention(dim, heads=latent_heads, head_dim=latent_dim_head, dropout=attn_dropout),
+                    FeedForward(dim, dropout=ff_dropout),
+                )
+                for _ in range(self_per_cross_attn)
+            )
+        )
+
+    def forward(
+        self, x: Tensor, context: Tensor, *, grid: FourierGrid | None, mask: Tensor | None, inverted: bool
+    ) -> Tensor:
+        """Map latents (batch or 1, N, dim) and their context to latents (batch, N, dim)."""
+        x = x + self.cross_attn(x, context, grid=grid, mask=mask, inverted=inverted)
+        x = x + self.cross_ff(x)
+        return self.self_attns(x)
+
+
+class AttentionResidual(nn.Module):
+    """Mix the outputs h_l of all layers so far: sum_l softmax_l( W2 W1 RMSNorm(h_l) ) * h_l, channel by channel.
+
+    Source: attention residuals, arXiv:2603.15031, with the attention pooling of Enformer (Avsec et al. 2021).
+    """
+
+    def __init__(self, dim: int, *, rank: int) -> None:
+        super().__init__()
+        self.to_attn_logits = nn.Sequential(
+            nn.RMSNorm(dim), nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False)
+        )
+
+    def forward(self, hiddens: list[Tensor]) -> Tensor:
+        """Map layer outputs, each (batch, N, dim), to one (batch, N, dim)."""
+        stacked = torch.stack(hiddens)
+        return (stacked * self.to_attn_logits(stacked).softmax(dim=0)).sum(dim=0)
+
+
+class MeanOverLatents(nn.Module):
+    """(batch, N, dim) -> (batch, dim)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
+class Perceiver(nn.Module):
+    """Latents that attend to every element of an image, a video or a sequence: perceiver-pytorch's Perceiver, faster.
+
+    A layer is a cross-attention from the latents to the data, an MLP, and self_per_cross_attn self-attention blocks;
+    after the last one come the mean over the latents, LayerNorm and a linear classifier. Arguments, parameter names,
+    initial values and results are those of perceiver-pytorch 0.11.0; checkpoints of its earlier releases load too
+    (`upgrade_state_dict`). Where the separable path runs (`explain`), position features are never written to memory.
+
+    Args:
+        num_freq_bands: K, frequencies per axis; a position becomes 2 K + 1 features per axis.
+        depth: layers, each with one cross-attention.
+        max_freq: the frequencies are linspace(1, max_freq / 2, K), in half-cycles per unit of positions in [-1, 1].
+        input_channels: channels of the data, without position features.
+        input_axis: axes of the data: 1 for sequences, 2 for images, 3 for video.
+        num_latents: N.
+        latent_dim: channels per latent.
+        cross_heads, cross_dim_head: heads of each cross-attention, and channels per head.
+        latent_heads, latent_dim_head: the same for self-attention.
+        num_classes: outputs of the classifier.
+        attn_dropout: probability of dropping an attention weight in training.
+        ff_dropout: probability of dropping an MLP output in training.
+        weight_tie_layers: all layers but the first share their parameters.
+        fourier_encode_data: add Fourier features of the positions to the data.
+        self_per_cross_attn: self-attention blocks per layer.
+        final_classifier_head: False gives the latents themselves.
+        inverted_cross_attn: normalise cross-attention over the latents (slot attention); one bool, or one per layer.
+        attn_residual: after each layer, mix the outputs of all layers so far.
+        attn_residual_rank: rank of the mixing weights.
+
+    Source: Jaegle et al. 2021, arXiv:2103.03206.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_freq_bands: int,
+        depth: int,
+        max_freq: float,
+        input_channels: int = 3,
+        input_axis: int = 2,
+        num_latents: int = 512,
+        latent_dim: int = 512,
+        cross_heads: int = 1,
+        latent_heads: int = 8,
+        cross_dim_head: int = 64,
+        latent_dim_head: int = 64,
+        num_classes: int = 1000,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        weight_tie_layers: bool = False,
+        fourier_encode_data: bool = True,
+        self_per_cross_attn: int = 1,
+        final_classifier_head: bool = True,
+        inverted_cross_attn: bool | tuple[bool, ...] = False,
+        attn_residual: bool = False,
+        attn_residual_rank: int = 64,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth is {depth}, but must be at least 1")
+        if isinstance(inverted_cross_attn, bool):
+            inverted_cross_attn = (inverted_cross_attn,) * depth
+        if len(inverted_cross_attn) != depth:
+            raise ValueError(f"inverted_cross_attn has {len(inverted_cross_attn)} entries, but depth is {depth}")
+        self.num_freq_bands = num_freq_bands
+        self.max_freq = max_freq
+        self.input_channels = input_channels
+        self.input_axis = input_axis
+        self.fourier_encode_data = fourier_encode_data
+        self.inverted_cross_attn = tuple(inverted_cross_attn)
+        self.has_attn_residual = attn_residual
+
+        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
+        self.layers = nn.ModuleList()
+        self.attn_residuals = nn.ModuleList()
+        # Layer by layer, the order in which perceiver-pytorch draws its parameters: equal seeds give equal models.
+        for layer in range(depth):
+            tied = weight_tie_layers and layer > 1
+            self.layers.append(
+                self.layers[1]
+                if tied
+                else PerceiverBlock(
+                    dim=latent_dim,
+                    context_dim=input_channels + self._num_position_channels,
+                    cross_heads=cross_heads,
+                    latent_heads=latent_heads,
+                    cross_dim_head=cross_dim_head,
+                    latent_dim_head=latent_dim_head,
+                    self_per_cross_attn=self_per_cross_attn,
+                    attn_dropout=attn_dropout,
+                    ff_dropout=ff_dropout,
+                )
+            )
+            if attn_residual:
+                self.attn_residuals.append(
+                    self.attn_residuals[1] if tied else AttentionResidual(latent_dim, rank=attn_residual_rank)
+                )
+        self.to_logits: nn.Module = nn.Identity()
+        if final_classifier_head:
+            self.to_logits = nn.Sequential(
+                MeanOverLatents(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes)
+            )
+        self.register_load_state_dict_pre_hook(upgrade_before_loading)
+
+    def forward(
+        self,
+        data: Tensor,
+        mask: Tensor | None = None,
+        return_embeddings: bool = False,
+        block_outputs: Tensor | list[Tensor] | None = None,
+        return_hiddens: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Classify the data, or embed it.
+
+        Args:
+            data: (batch, *axes, input_channels), floating-point, any strides; the axes may differ from call to call.
+            mask: bool (batch, *axes) or (batch, M), True = attend. An input whose mask is False everywhere is attended
+                to evenly, as perceiver-pytorch does.
+            return_embeddings: give the latents instead of the logits.
+            block_outputs: what the attention residual mixes in besides this call's layers, each (batch, N, latent_dim);
+                defaults to the latents themselves.
+            return_hiddens: give block_outputs as well, extended by the output of every layer.
+
+        Returns:
+            (batch, num_classes), or (batch, N, latent_dim) for embeddings; with return_hiddens a pair with the list.
+
+        Raises:
+            ValueError: the data or mask do not fit the model; the message names the argument.
+        """
+        context, grid, mask = self._prepare(data, mask)
+        keep_hiddens = return_hiddens or self.has_attn_residual or block_outputs is not None
+        hiddens = self._initial_hiddens(block_outputs, len(data)) if keep_hiddens else []
+        x = self.latents.unsqueeze(0)
+        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
+            x = block(x, context, grid=grid, mask=mask, inverted=inverted)
+            if keep_hiddens:
+                hiddens.append(x)
+            if self.has_attn_residual:
+                x = self.attn_residuals[layer](hiddens)
+        out = x if return_embeddings else self.to_logits(x)
+        return (out, hiddens) if return_hiddens else out
+
+    def explain(self, data: Tensor, mask: Tensor | None = None) -> str:
+        """Say which path each layer's cross-attention takes for this input, and why: one line per layer."""
+        context, grid, mask = self._prepare(data, mask)
+        latents = self.latents.unsqueeze(0)
+        lines = []
+        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
+            cross_attn = cast(PerceiverBlock, block).cross_attn
+            choice = cross_attn.explain(latents, context, grid=grid, mask=mask, inverted=inverted)
+            lines.append(f"layers.{layer}.cross_attn: {choice}")
+        return "\n".join(lines)
+
+    @property
+    def _num_position_channels(self) -> int:
+        return self.input_axis * (2 * self.num_freq_bands + 1) if self.fourier_encode_data else 0
+
+    def _prepare(self, data: Tensor, mask: Tensor | None) -> tuple[Tensor, FourierGrid | None, Tensor | None]:
+        """Check the arguments of `forward`; give the data as (batch, M, channels), its grid, the mask as (batch, M)."""
+        self._check_data(data)
+        batch, *axes, _ = data.shape
+        if mask is not None:
+            mask = flatten_key_mask(mask, batch, axes, data.device)
+        grid = None
+        if self.fourier_encode_data:
+            grid = FourierGrid(tuple(axes), num_bands=self.num_freq_bands, max_freq=self.max_freq, order="per_axis")
+        return data.flatten(1, -2), grid, mask
+
+    def _check_data(self, data: Tensor) -> None:
+        shape = tuple(data.shape)
+        if data.ndim != self.input_axis + 2:
+            raise ValueError(f"data has shape {shape}, but must have {self.input_axis} axes between batch and channels")
+        if shape[-1] != self.input_channels:
+            raise ValueError(f"data has {shape[-1]} channels, but input_channels is {self.input_channels}")
+        if 0 in shape[1:-1]:
+            raise ValueError(f"data has shape {shape}, but no axis between batch and channels may be empty")
+        if not data.is_floating_point():
+            raise ValueError(f"data has dtype {data.dtype}, but must be floating-point; scale raw pixels first")
+        if data.device != self.latents.device:
+            raise ValueError(f"data is on {data.device}, but the parameters are on {self.latents.device}")
+
+    def _initial_hiddens(self, block_outputs: Tensor | list[Tensor] | None, batch: int) -> list[Tensor]:
+        if block_outputs is None:
+            return [self.latents.expand(batch, -1, -1)]
+        return [block_outputs] if isinstance(block_outputs, Tensor) else list(block_outputs)

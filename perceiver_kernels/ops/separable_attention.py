@@ -1,0 +1,423 @@
+"""Separable attention: the core operator of cross-attention to tokens on a grid, without an encoded array, keys or values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
+from perceiver_kernels.backends.reference import separable_attention as reference
+
+OP = "separable_attention"
+MAX_AXES = 4
+MAX_CHANNELS = 128
+MAX_TOKENS = 2**34  # the counter of the dropout generator
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "native",
+        load=lambda: native,
+        devices=("cpu",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DATA_DTYPES,
+        axes=(1, MAX_AXES),
+        channels=(1, MAX_CHANNELS),
+        unavailable=native.cpu_unavailable,
+    )
+)
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "reference",
+        load=lambda: reference,
+        devices=("any",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DATA_DTYPES,
+    )
+)
+
+
+@dataclass(frozen=True)
+class SeparableState:
+    """Attention of every row over one set of tokens; states over disjoint sets merge into the state over their union.
+
+    Attributes:
+        acc: (batch, rows, c), sum over tokens of w * x, with w = softmax(s) * r.
+        marginals: per axis (batch, rows, S_k), w summed over all other axes.
+        lse: (batch, rows), log of the sum of exp(s); -inf where a row has nothing to attend to.
+        total: (batch, rows), sum of the weights: 1, or 0 where a row has nothing to attend to; under dropout the sum of
+            the kept, rescaled weights.
+    """
+
+    acc: Tensor
+    marginals: tuple[Tensor, ...]
+    lse: Tensor
+    total: Tensor
+
+    def merge(self, other: SeparableState) -> SeparableState:
+        """The state over the union of two disjoint token sets on the same grid (math.md, "Partial states merge").
+
+        Raises:
+            ValueError: the states' shapes differ.
+        """
+        sizes, other_sizes = ([tuple(t.shape) for t in (s.acc, *s.marginals)] for s in (self, other))
+        if sizes != other_sizes:
+            raise ValueError(f"other has acc and marginals of shapes {other_sizes}, must be {sizes} as in this state")
+        lse, mine, theirs = merge_weights(self.lse, other.lse)
+        return SeparableState(
+            mine[..., None] * self.acc + theirs[..., None] * other.acc,
+            tuple(
+                mine[..., None] * m + theirs[..., None] * n
+                for m, n in zip(self.marginals, other.marginals, strict=True)
+            ),
+            lse,
+            mine * self.total + theirs * other.total,
+        )
+
+
+def merge_weights(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-sum-exp of two partial softmaxes and the factor of each; rows that are empty in both keep factor 0."""
+    larger = torch.maximum(first, second).detach()
+    reference = torch.where(larger == -torch.inf, 0.0, larger)
+    first_sum, second_sum = (first - reference).exp(), (second - reference).exp()
+    total = first_sum + second_sum
+    empty = total == 0
+    safe = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, -torch.inf, reference + safe.log())
+    return lse, first_sum / safe, second_sum / safe
+
+
+def separable_attention(
+    a: Tensor,
+    tables: Sequence[Tensor],
+    x: Tensor,
+    r: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+) -> SeparableState:
+    """Softmax attention whose scores are sums of one term per grid axis and a few data channels.
+
+    s[i, m] = r[m] * (a[i] . x[m] + sum_k tables[k][i, m_k]),  p = softmax over m of s,  w[i, m] = p[i, m] * r[m];
+    results are w's weighted sum of x and its marginals along each axis. No (rows, tokens) array is ever stored.
+
+    Args:
+        a: (batch or 1, rows, c), float32 or float64: this is the dtype of the computation. Batch 1 is not expanded.
+        tables: per grid axis, 1 to 4 of them, (batch or 1, rows, S_k), in a's dtype, any strides (rows contiguous is fastest).
+        x: (batch, S_1, ..., S_A, c) or (batch, M, c) with M = S_1 * ... * S_A, any strides (channels first as a view);
+            float32, float64, bfloat16, float16, or uint8 raw pixels. 1 to 128 channels.
+        r: (batch, S_1, ..., S_A) or (batch, M), in a's dtype: a factor per token, such as LayerNorm's; None means 1.
+        mask: bool, shaped as r: True = attend. A row with nothing to attend to gets zeros and zero gradients.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones are divided by 1 - dropout_p.
+        seed: of the dropout, from 0 to 2^63 - 1; by default drawn from torch's generator.
+        x_scale, x_shift: (c,) in a's dtype: x is read as x * x_scale + x_shift (normalisation of raw pixels), at no cost.
+
+    Returns:
+        SeparableState in a's dtype; marginals are views with rows contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        BackendError: a forced backend cannot run this call; the message lists every reason.
+
+    Memory: O(batch * rows * sum S_k) beyond the inputs. Backward is deterministic and recomputes the weights.
+    Errors: as float32 softmax with exactly accumulated statistics; see the tolerance table in tests/numerics.py.
+    Source: docs/separable_attention.md; the softmax is streamed as in Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    tables = tuple(tables)
+    x, r, mask = _checked(a, tables, x, r, mask, dropout_p, x_scale, x_shift)
+    random = None
+    if dropout_p > 0:
+        random = torch.randint(2**63 - 1, (1,)) if seed is None else torch.tensor([seed])
+    if x_scale is None and x_shift is None:
+        return _state(a, tables, x, r, mask, random, dropout_p)
+    scale = a.new_ones(a.shape[2]) if x_scale is None else x_scale
+    shift = a.new_zeros(a.shape[2]) if x_shift is None else x_shift
+    shifted = (tables[0] + (a @ shift)[..., None], *tables[1:])
+    state = _state(a * scale, shifted, x, r, mask, random, dropout_p)
+    weights = state.marginals[0].sum(-1, keepdim=True)
+    return SeparableState(state.acc * scale + weights * shift, state.marginals, state.lse, state.total)
+
+
+def _state(
+    a: Tensor,
+    tables: tuple[Tensor, ...],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    dropout_p: float,
+) -> SeparableState:
+    acc, marginals, lse, total = torch.ops.perceiver_kernels.separable_attention_fwd(
+        a, list(tables), x, r, mask, random, dropout_p
+    )
+    return SeparableState(acc, tuple(marginals), lse.to(a.dtype), total)
+
+
+def _checked(
+    a: Tensor,
+    tables: tuple[Tensor, ...],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    dropout_p: float,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Validates the arguments; returns x, r and mask with the grid's axes apart."""
+    if a.dim() != 3:
+        raise ValueError(f"a has {a.dim()} dimensions, must have 3: (batch or 1, rows, channels)")
+    if a.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"a has dtype {a.dtype}, must be torch.float32 or torch.float64")
+    if not 1 <= len(tables) <= MAX_AXES:
+        raise ValueError(f"tables has {len(tables)} entries, must have one per grid axis, 1 to {MAX_AXES}")
+    if x.dtype not in DATA_DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}, must be float32, float64, bfloat16, float16 or uint8")
+    for k, table in enumerate(tables):
+        if table.dim() != 3 or table.shape[0] != a.shape[0] or table.shape[1] != a.shape[1]:
+            raise ValueError(
+                f"tables[{k}] has shape {tuple(table.shape)}, must be ({a.shape[0]}, {a.shape[1]}, positions) as a has "
+                f"shape {tuple(a.shape)}"
+            )
+    grid = tuple(table.shape[2] for table in tables)
+    tokens = _product(grid)
+    if tokens >= MAX_TOKENS:
+        raise ValueError(f"tables span {tokens} tokens, must span fewer than {MAX_TOKENS}")
+    x = _on_grid("x", x, grid, 1)
+    if not 1 <= x.shape[-1] <= MAX_CHANNELS:
+        raise ValueError(f"x has {x.shape[-1]} channels, must have 1 to {MAX_CHANNELS}")
+    if x.shape[-1] != a.shape[2]:
+        raise ValueError(f"x has {x.shape[-1]} channels, must have {a.shape[2]} as a has")
+    if a.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"a has batch {a.shape[0]}, must be 1 or {x.shape[0]} as x has")
+    if r is not None:
+        r = _on_grid("r", r, grid, 0)
+        _same_batch("r", r, x)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
+        mask = _on_grid("mask", mask, grid, 0)
+        _same_batch("mask", mask, x)
+    for name, vector in (("x_scale", x_scale), ("x_shift", x_shift)):
+        if vector is not None and tuple(vector.shape) != (a.shape[2],):
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}, must be ({a.shape[2]},), one per channel of x")
+    named = [(f"tables[{k}]", table) for k, table in enumerate(tables)]
+    for name, tensor in (*named, ("r", r), ("x_scale", x_scale), ("x_shift", x_shift)):
+        if tensor is not None and tensor.dtype != a.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {a.dtype} as a has")
+    for name, tensor in (*named, ("x", x), ("r", r), ("mask", mask), ("x_scale", x_scale), ("x_shift", x_shift)):
+        if tensor is not None and tensor.device != a.device:
+            raise ValueError(f"{name} is on {tensor.device}, must be on {a.device} as a is")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
+    return x, r, mask
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _on_grid(name: str, tensor: Tensor, grid: tuple[int, ...], trailing: int) -> Tensor:
+    """The tensor as (batch, *grid, ...); tokens may come in one dimension."""
+    flat, full = 2 + trailing, 1 + len(grid) + trailing
+    tail = ", channels" if trailing else ""
+    expected = f"(batch, {_product(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
+    if tensor.dim() == full and tuple(tensor.shape[1 : 1 + len(grid)]) == grid:
+        return tensor
+    if tensor.dim() != flat or tensor.shape[1] != _product(grid):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
+    return tensor.unflatten(1, grid) if tensor.numel() else tensor.reshape(tensor.shape[0], *grid, *tensor.shape[2:])
+
+
+def _same_batch(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {x.shape[0]} as x has")
+
+
+def _call(a: Tensor, tables: Sequence[Tensor], x: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
+    return dispatch.Call(
+        OP, a.device.type, a.dtype, x.dtype, len(tables), x.shape[-1], mask is not None, dropout_p > 0
+    )
+
+
+def explain(
+    a: Tensor,
+    tables: Sequence[Tensor],
+    x: Tensor,
+    r: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> str:
+    """Which backend would run this call of separable_attention, and the others' reasons why not."""
+    return dispatch.describe(_call(a, tables, x, mask, dropout_p))
+
+
+library = torch.library.Library("perceiver_kernels", "FRAGMENT")
+library.define(
+    "separable_attention_fwd(Tensor a, Tensor[] tables, Tensor x, Tensor? r, Tensor? mask, Tensor? random, "
+    "float dropout_p) -> (Tensor acc, Tensor[] marginals, Tensor lse, Tensor total)"
+)
+library.define(
+    "separable_attention_bwd(Tensor a, Tensor[] tables, Tensor x, Tensor? r, Tensor? mask, Tensor? random, "
+    "float dropout_p, Tensor acc, Tensor[] marginals, Tensor lse, Tensor total, Tensor d_acc, Tensor[] d_marginals, "
+    "Tensor d_lse, Tensor d_total, bool needs_rows, bool needs_x, bool needs_r) "
+    "-> (Tensor d_a, Tensor[] d_tables, Tensor d_x, Tensor d_r)"
+)
+
+
+def _fwd(
+    a: Tensor,
+    tables: list[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    backend = dispatch.select(_call(a, tables, x, mask, dropout_p)).load()
+    seed = 0 if random is None else int(random)
+    return backend.separable_attention_fwd(a, tables, x, r, mask, dropout_p, seed)
+
+
+def _bwd(
+    a: Tensor,
+    tables: list[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    dropout_p: float,
+    acc: Tensor,
+    marginals: list[Tensor],
+    lse: Tensor,
+    total: Tensor,
+    d_acc: Tensor,
+    d_marginals: list[Tensor],
+    d_lse: Tensor,
+    d_total: Tensor,
+    needs_rows: bool,
+    needs_x: bool,
+    needs_r: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    backend = dispatch.select(_call(a, tables, x, mask, dropout_p)).load()
+    seed = 0 if random is None else int(random)
+    return backend.separable_attention_bwd(
+        a, tables, x, r, mask, dropout_p, seed,
+        (acc, marginals, lse, total), (d_acc, d_marginals, d_lse, d_total), (needs_rows, needs_x, needs_r),
+    )  # fmt: skip
+
+
+def rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
+    """An uninitialised (batch, rows, entries) tensor whose rows lie next to each other, as kernels write them."""
+    return like.new_empty(batch, entries, rows).transpose(1, 2)
+
+
+def _fwd_fake(
+    a: Tensor,
+    tables: list[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    batch, rows = x.shape[0], a.shape[1]
+    return (
+        a.new_empty(batch, rows, a.shape[2]),
+        [rows_contiguous(a, batch, rows, table.shape[2]) for table in tables],
+        a.new_empty(batch, rows, dtype=torch.float64),
+        a.new_empty(batch, rows),
+    )
+
+
+def _bwd_fake(
+    a: Tensor,
+    tables: list[Tensor],
+    x: Tensor,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    dropout_p: float,
+    acc: Tensor,
+    marginals: list[Tensor],
+    lse: Tensor,
+    total: Tensor,
+    d_acc: Tensor,
+    d_marginals: list[Tensor],
+    d_lse: Tensor,
+    d_total: Tensor,
+    needs_rows: bool,
+    needs_x: bool,
+    needs_r: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    return (
+        a.new_empty(a.shape if needs_rows else 0),
+        [rows_contiguous(a, *t.shape) if needs_rows else a.new_empty(0) for t in tables],
+        x.new_empty(x.shape if needs_x else 0),
+        a.new_empty(x.shape[:-1] if needs_r else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    a, tables, x, r, mask, random, dropout_p = inputs
+    acc, marginals, lse, total = output
+    ctx.save_for_backward(a, *tables, x, r, mask, random, acc, *marginals, lse, total)
+    ctx.axes, ctx.dropout_p = len(tables), dropout_p
+    ctx.needs = (
+        a.requires_grad or any(table.requires_grad for table in tables),
+        x.requires_grad,
+        r is not None and r.requires_grad,
+    )
+
+
+def _backward(
+    ctx: Any, d_acc: Tensor, d_marginals: list[Tensor], d_lse: Tensor, d_total: Tensor
+) -> tuple[Any, ...]:
+    axes = ctx.axes
+    a, *rest = ctx.saved_tensors
+    tables, (x, r, mask, random, acc), rest = rest[:axes], rest[axes : axes + 5], rest[axes + 5 :]
+    marginals, (lse, total) = rest[:axes], rest[axes:]
+    upstream = [
+        torch.zeros_like(value) if gradient is None else gradient
+        for value, gradient in zip(
+            (acc, *marginals, lse, total), (d_acc, *d_marginals, d_lse, d_total), strict=True
+        )
+    ]
+    d_a, d_tables, d_x, d_r = torch.ops.perceiver_kernels.separable_attention_bwd(
+        a, tables, x, r, mask, random, ctx.dropout_p, acc, marginals, lse, total,
+        upstream[0], upstream[1 : 1 + axes], upstream[-2], upstream[-1], *ctx.needs,
+    )  # fmt: skip
+    needs_rows, needs_x, needs_r = ctx.needs
+    return (
+        d_a if needs_rows else None,
+        d_tables if needs_rows else [None] * axes,
+        d_x if needs_x else None,
+        d_r if needs_r else None,
+        None,
+        None,
+        None,
+    )
+
+
+library.impl("separable_attention_fwd", _fwd, "CompositeExplicitAutograd")
+library.impl("separable_attention_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("perceiver_kernels::separable_attention_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("perceiver_kernels::separable_attention_bwd", _bwd_fake, lib=library)
+torch.library.register_autograd(
+    "perceiver_kernels::separable_attention_fwd", _backward, setup_context=_setup_context, lib=library
+)

@@ -1,0 +1,130 @@
+"""LayerNorm's reciprocal standard deviation of tokens [data ; per-axis features] that are never built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
+from perceiver_kernels.backends.reference import separable_layer_norm as reference
+
+OP = "separable_layer_norm"
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "native",
+        load=lambda: native,
+        devices=("cpu",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DATA_DTYPES,
+        unavailable=native.cpu_unavailable,
+    )
+)
+dispatch.declare(
+    dispatch.Declaration(
+        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES
+    )
+)
+
+
+def separable_layer_norm(
+    x: Tensor,
+    sums: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    feature_channels: int,
+    eps: float = 1e-5,
+    x_scale: Tensor | None = None,
+    x_shift: Tensor | None = None,
+) -> Tensor:
+    """r = 1 / sqrt(var + eps) of every token [x * x_scale + x_shift ; features of its grid position].
+
+    Args:
+        x: (batch, S_1, ..., S_A, c), any strides; floating or uint8.
+        sums: per axis (S_k,), sum of the features of each position; float32 or float64: the dtype of the computation.
+        squares: per axis (S_k,), sum of the squared features.
+        feature_channels: number of features of a token, over all axes.
+        eps: added to the variance, as in torch.nn.LayerNorm.
+        x_scale, x_shift: (c,), optional normalisation of raw data.
+
+    Returns:
+        (batch, S_1, ..., S_A) in the dtype of sums; differentiable in x.
+
+    Raises:
+        ValueError: x and sums disagree on the grid.
+
+    Source: math.md, "LayerNorm statistics are separable too" (docs/separable_attention.md); computed without cancellation.
+    """
+    grid = tuple(s.shape[0] for s in sums)
+    if tuple(x.shape[1:-1]) != grid:
+        raise ValueError(f"x has shape {tuple(x.shape)}, must be (batch, {', '.join(map(str, grid))}, channels) as sums say")
+    return torch.ops.perceiver_kernels.separable_layer_norm(
+        x, list(sums), list(squares), x_scale, x_shift, feature_channels, eps
+    )
+
+
+library = torch.library.Library("perceiver_kernels", "FRAGMENT")
+library.define(
+    "separable_layer_norm(Tensor x, Tensor[] sums, Tensor[] squares, Tensor? x_scale, Tensor? x_shift, "
+    "int feature_channels, float eps) -> Tensor"
+)
+
+
+def _fwd(
+    x: Tensor,
+    sums: list[Tensor],
+    squares: list[Tensor],
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    feature_channels: int,
+    eps: float,
+) -> Tensor:
+    call = dispatch.Call(OP, x.device.type, sums[0].dtype, x.dtype, len(sums), x.shape[-1])
+    backend = dispatch.select(call).load()
+    return backend.separable_layer_norm_fwd(x, sums, squares, x_scale, x_shift, feature_channels, eps)
+
+
+def _fake(
+    x: Tensor,
+    sums: list[Tensor],
+    squares: list[Tensor],
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    feature_channels: int,
+    eps: float,
+) -> Tensor:
+    return sums[0].new_empty(x.shape[:-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, sums, _, x_scale, x_shift, feature_channels, _ = inputs
+    ctx.save_for_backward(x, *sums, x_scale, x_shift, output)
+    ctx.axes, ctx.feature_channels = len(sums), feature_channels
+
+
+def _backward(ctx: Any, d_r: Tensor) -> tuple[Any, ...]:
+    x, *rest = ctx.saved_tensors
+    sums, (x_scale, x_shift, r) = rest[: ctx.axes], rest[ctx.axes :]
+    d_x = None
+    if ctx.needs_input_grad[0]:
+        data = reference.normalised(x.to(r.dtype), x_scale, x_shift)
+        width = x.shape[-1] + ctx.feature_channels
+        mean = (data.sum(-1) + reference.on_grid(sums)) / width
+        d_x = (-(d_r * r**3) / width)[..., None] * (data - mean[..., None])
+        d_x = (d_x if x_scale is None else d_x * x_scale).to(x.dtype)
+    none = [None] * ctx.axes
+    return d_x, none, none, None, None, None, None
+
+
+library.impl("separable_layer_norm", _fwd, "CompositeExplicitAutograd")
+torch.library.register_fake("perceiver_kernels::separable_layer_norm", _fake, lib=library)
+torch.library.register_autograd(
+    "perceiver_kernels::separable_layer_norm", _backward, setup_context=_setup_context, lib=library
+)

@@ -1,0 +1,22 @@
+"""Test-wide settings: fixed seeds, and uninitialised memory filled with NaN, so that an unwritten element fails a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """With deterministic algorithms on, torch fills what torch.empty returns with NaN (floating) or the largest value."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,62 @@
+"""The one tolerance policy: a result may be at most so much worse than plain PyTorch in the same dtype, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """factor: allowed ratio to the plain path's error; ulps: allowance in units of eps * scale; rms: cap on the relative RMS error."""
+
+    factor: float
+    ulps: float
+    rms: float
+
+
+# The table. Loosening an entry needs a reason beside it.
+TOLERANCES = {
+    torch.float64: Tolerance(2.0, 64.0, 1e-11),
+    torch.float32: Tolerance(2.0, 16.0, 2e-5),
+    torch.bfloat16: Tolerance(2.0, 2.0, 2e-2),
+    torch.float16: Tolerance(2.0, 2.0, 4e-3),
+}
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute error."""
+    return (value.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
+
+
+def relative_rms(value: Tensor, truth: Tensor) -> float:
+    """RMS error over RMS value: bias that the largest error hides."""
+    if not truth.numel():
+        return 0.0
+    norm = truth.double().square().mean().sqrt().item()
+    return (value.double() - truth.double()).square().mean().sqrt().item() / norm if norm else error(value, truth)
+
+
+def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
+    """actual is finite where truth is, and its error is at most twice plain's plus a few units in the last place.
+
+    Args:
+        actual: the result under test.
+        plain: the same computed by plain PyTorch in the same dtype.
+        truth: the same in float64.
+    """
+    assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, must be {tuple(truth.shape)}"
+    finite = truth.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{name} is not finite where it must be, or finite where it must not be"
+    actual, plain, truth = actual[finite], plain[finite], truth[finite]
+    if not truth.numel():
+        return
+    tolerance = TOLERANCES[actual.dtype]
+    scale = truth.abs().max().item()
+    bound = tolerance.factor * error(plain, truth) + tolerance.ulps * torch.finfo(actual.dtype).eps * scale
+    assert error(actual, truth) <= bound, f"{name}: error {error(actual, truth):.3g}, must be at most {bound:.3g}"
+    cap = max(tolerance.rms, tolerance.factor * relative_rms(plain, truth))
+    rms = relative_rms(actual, truth)
+    assert rms <= cap, f"{name}: relative RMS error {rms:.3g}, must be at most {cap:.3g}"
