@@ -29,7 +29,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     )
 
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O2", "-fvect-cost-model=dynamic", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", "-Wno-psabi"]
 
 
 class BuildWithNinja(build_ext):

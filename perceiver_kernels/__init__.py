@@ -1,1 +1,23 @@
-"""perceiver_kernels: fused kernels that make Perceiver models fast."""
+"""perceiver_kernels: fused kernels that make Perceiver models fast, checked against a pure-PyTorch reference."""
+
+from perceiver_kernels.dispatch import BackendError, use_backend
+from perceiver_kernels.encodings import FourierEncoding, FourierGrid
+from perceiver_kernels.explain import explain
+from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
+from perceiver_kernels.ops.separable_attention import SeparableState, separable_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CrossAttention",
+    "FeedForward",
+    "FourierEncoding",
+    "FourierGrid",
+    "Perceiver",
+    "SelfAttention",
+    "SeparableState",
+    "explain",
+    "separable_attention",
+    "use_backend",
+]

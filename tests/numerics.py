@@ -19,8 +19,10 @@ class Tolerance:
 
 # The table. Loosening an entry needs a reason beside it.
 TOLERANCES = {
-    torch.float64: Tolerance(2.0, 64.0, 1e-11),
-    torch.float32: Tolerance(2.0, 16.0, 2e-5),
+    # The truth is itself float64, so plain's error reads zero; scores of a few hundred multiply eps in both.
+    torch.float64: Tolerance(2.0, 1024.0, 1e-11),
+    # Scores are kept in powers of two, which rounds a and the tables once more; cases with few tokens do not average it out.
+    torch.float32: Tolerance(2.0, 32.0, 2e-5),
     torch.bfloat16: Tolerance(2.0, 2.0, 2e-2),
     torch.float16: Tolerance(2.0, 2.0, 4e-3),
 }
@@ -39,13 +41,14 @@ def relative_rms(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).square().mean().sqrt().item() / norm if norm else error(value, truth)
 
 
-def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result") -> None:
+def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", amplification: float = 1.0) -> None:
     """actual is finite where truth is, and its error is at most twice plain's plus a few units in the last place.
 
     Args:
         actual: the result under test.
         plain: the same computed by plain PyTorch in the same dtype.
         truth: the same in float64.
+        amplification: for cases whose scores reach into the thousands: a weight's relative error is eps times its score.
     """
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, must be {tuple(truth.shape)}"
     finite = truth.isfinite()
@@ -55,8 +58,8 @@ def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "r
         return
     tolerance = TOLERANCES[actual.dtype]
     scale = truth.abs().max().item()
-    bound = tolerance.factor * error(plain, truth) + tolerance.ulps * torch.finfo(actual.dtype).eps * scale
+    bound = tolerance.factor * error(plain, truth) + tolerance.ulps * amplification * torch.finfo(actual.dtype).eps * scale
     assert error(actual, truth) <= bound, f"{name}: error {error(actual, truth):.3g}, must be at most {bound:.3g}"
-    cap = max(tolerance.rms, tolerance.factor * relative_rms(plain, truth))
+    cap = max(tolerance.rms * amplification, tolerance.factor * relative_rms(plain, truth))
     rms = relative_rms(actual, truth)
     assert rms <= cap, f"{name}: relative RMS error {rms:.3g}, must be at most {cap:.3g}"

@@ -253,7 +253,7 @@ def test_dropout_keeps_the_mean(path: str) -> None:
 
 def test_explain_names_the_path(path: str) -> None:
     latents, data = make_inputs()
-    assert path in make_module().explain(latents, data, grid=GRID)
+    assert f"path: {path}\n" in make_module().explain(latents, data, grid=GRID)
 
 
 def test_explain_says_that_inverted_attention_is_not_fused() -> None:

@@ -261,9 +261,9 @@ def test_pickle_and_deepcopy() -> None:
 
 def test_explain_has_a_line_per_layer(path: str) -> None:
     lines = make(inverted_cross_attn=(False, True)).explain(make_data()).splitlines()
-    assert lines[0].startswith("layers.0.cross_attn: ")
-    assert path in lines[0]
-    assert lines[1].startswith("layers.1.cross_attn: inverted")
+    assert len(lines) == 2
+    assert lines[0].startswith(f"layers.0.cross_attn: path: {path}; ")
+    assert lines[1].startswith("layers.1.cross_attn: path: inverted; ")
 
 
 @pytest.mark.parametrize("name", ["default", "attn_residual", "no_fourier"])

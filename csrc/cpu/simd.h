@@ -71,7 +71,7 @@ template <class T>
 inline Vec<T> product(Vec<T> left, Vec<T> right) {
   Vec<T> value = left * right;
 #if defined(__x86_64__)
-  asm("" : "+x"(value));
+  asm("" : "+v"(value));
 #endif
   return value;
 }

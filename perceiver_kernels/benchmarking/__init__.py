@@ -1,1 +1,1 @@
-"""Measuring this library against its peers: cases, providers, clocks and bars, used by the command line and by benchmarks/run.py."""
+"""This library measured against its peers: cases, providers, clocks and bars, which the command line shows."""

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-MODES = ("forward", "forward+backward")
+# The layer without and with gradients of all parameters, and a whole Perceiver of depth 1 around it, without.
+MODES = ("forward", "forward+backward", "perceiver")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("imagenet", "ImageNet, every pixel, one head of 64", (224, 224), 64, 224.0, 3, 512, 1024),
-        Case("imagenet-official", "ImageNet, every pixel, one head of 261", (224, 224), 64, 224.0, 3, 512, 1024, 1, 261),
+        Case("imagenet", "ImageNet, one head of 64", (224, 224), 64, 224.0, 3, 512, 1024),
+        Case("imagenet-official", "ImageNet, one head of 261", (224, 224), 64, 224.0, 3, 512, 1024, 1, 261),
         Case("imagenet-conv", "ImageNet after a convolution", (56, 56), 64, 56.0, 64, 512, 1024, 1, 322),
         Case("optical-flow", "Sintel, a pair of frames", (368, 496), 64, 496.0, 64, 2048, 512, 1, 322),
         Case("multimodal-video", "Kinetics, video in 4 x 4 patches", (16, 56, 56), 32, 56.0, 48, 784, 512, 1, 704),

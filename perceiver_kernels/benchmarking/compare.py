@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ from perceiver_kernels.benchmarking.measure import (
     interleave,
     peak_extra_memory,
 )
-from perceiver_kernels.benchmarking.plain import ExactCrossAttention, cross_attention
+from perceiver_kernels.benchmarking.plain import (
+    CrossAttention,
+    ExactCrossAttention,
+    ExpertCrossAttention,
+    Layer,
+    PlainPerceiver,
+)
 from perceiver_kernels.benchmarking.providers import Provider
 
 Progress = Callable[[str], None]
@@ -75,30 +82,28 @@ class Result:
         return max(self.errors.values(), key=lambda distance: distance.rms, default=None)
 
 
-class Run:
-    """A provider's module with the weights of the case, ready to be called again and again."""
+class LayerRun:
+    """A provider's layer with the weights of the case, ready to be called again and again."""
 
-    def __init__(self, module: nn.Module, case: Case, mode: str) -> None:
-        self.module, self.mode = module, mode
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module.layer.load_state_dict(cross_attention(case).state_dict())
+    def __init__(self, layer: Layer, case: Case, image: Tensor, backward: bool = False) -> None:
+        self.layer, self.image, self.backward = layer, image, backward
+        with seeded():
+            layer.layer.load_state_dict(CrossAttention(case).state_dict())
             self.latents = nn.Parameter(torch.randn(1, case.num_latents, case.latent_dim))
             self.upstream = torch.randn(case.batch, case.num_latents, case.latent_dim)
-        self.image = case.image()
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
-        if self.mode == "forward":
+        if not self.backward:
             with torch.no_grad():
-                self.output = self.module(self.latents, self.image)
+                self.output = self.layer(self.latents, self.image)
             return
         self.clear()
-        self.output = self.module(self.latents, self.image)
+        self.output = self.layer(self.latents, self.image)
         self.output.backward(self.upstream.to(self.output.dtype))
 
     def parameters(self) -> dict[str, Tensor]:
-        return {"latents": self.latents, **dict(self.module.layer.named_parameters())}
+        return {"latents": self.latents, **dict(self.layer.layer.named_parameters())}
 
     def clear(self) -> None:
         """Forgets output and gradients, so that they count as memory of the next call."""
@@ -107,104 +112,170 @@ class Run:
             parameter.grad = None
 
     def values(self) -> dict[str, Tensor]:
-        """The output, and in the backward mode the gradient of every parameter, by name."""
-        values = {"output": self.output.detach()}
-        gradients = {f"grad {name}": parameter.grad for name, parameter in self.parameters().items()}
-        return values | {name: grad.clone() for name, grad in gradients.items() if grad is not None}
+        """The output and, when it runs backward, the gradient of every parameter."""
+        gradients = {f"gradient of {name}": parameter.grad for name, parameter in self.parameters().items()}
+        return {"output": self.output.detach()} | {name: grad for name, grad in gradients.items() if grad is not None}
 
 
-def truth(case: Case, mode: str) -> dict[str, Tensor]:
-    """The float64 values of Run.values(), or of what TRUTH_PAIRS leaves of them."""
-    if case.pairs <= TRUTH_PAIRS:
-        run = Run(ExactCrossAttention(case), case, mode)
-        run()
+class PerceiverRun:
+    """A provider's whole Perceiver, without gradients."""
+
+    def __init__(self, perceiver: nn.Module, case: Case, image: Tensor) -> None:
+        self.perceiver, self.image = perceiver.eval(), image
+        with seeded():
+            perceiver.load_state_dict(PlainPerceiver(case, ExpertCrossAttention(case)).state_dict())
+        self.output = torch.empty(0)
+
+    def __call__(self) -> None:
+        with torch.no_grad():
+            self.output = self.perceiver(self.image)
+
+    def clear(self) -> None:
+        self.output = torch.empty(0)
+
+    def values(self) -> dict[str, Tensor]:
+        return {"output": self.output}
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The same random numbers for every provider, and the caller's generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def prepare(provider: Provider, case: Case, mode: str, image: Tensor) -> LayerRun | PerceiverRun:
+    """A provider's run of a case, its weights those of every other provider's."""
+    if mode != "perceiver":
+        return LayerRun(provider.layer(case), case, image, backward=mode == "forward+backward")
+    assert provider.perceiver
+    return PerceiverRun(provider.perceiver(case), case, image)
+
+
+def truth(case: Case, mode: str, image: Tensor) -> dict[str, Tensor]:
+    """The float64 values of a run, or of a layer beyond TRUTH_PAIRS the output of a few latents."""
+    run: LayerRun | PerceiverRun
+    if mode == "perceiver":
+        run = PerceiverRun(PlainPerceiver(case, ExactCrossAttention(case)).double(), case, image)
     else:
-        run = Run(ExactCrossAttention(case), case, "forward")
-        run.latents = nn.Parameter(run.latents[:, :TRUTH_LATENTS])
-        run()
+        whole = case.pairs <= TRUTH_PAIRS
+        run = LayerRun(ExactCrossAttention(case), case, image, backward=whole and mode == "forward+backward")
+        if not whole:
+            run.latents = nn.Parameter(run.latents[:, :TRUTH_LATENTS])
+    run()
     return run.values()
 
 
 def errors(values: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Error]:
     """The distance of each value from its truth; of an output, over the latents whose truth is known."""
-    shared = [name for name in true if name in values]
-    return {name: error(values[name][:, : true[name].shape[1]] if name == "output" else values[name], true[name]) for name in shared}
+    known = {name: value for name, value in values.items() if name in true}
+    known["output"] = known["output"][:, : true["output"].shape[1]]
+    return {name: error(value, true[name]) for name, value in known.items()}
 
 
 def compare(
-    case: Case, mode: str, providers: Iterable[Provider], effort: Effort, progress: Progress = lambda line: None
+    case: Case,
+    mode: str,
+    providers: Iterable[Provider],
+    effort: Effort,
+    progress: Progress = lambda line: None,
+    image: Tensor | None = None,
 ) -> list[Result]:
-    """Measures every provider on one case, in the order given; what cannot run is a result that says why."""
+    """Measures every provider on one case, in the order given; what cannot run is a result that says why.
+
+    Args:
+        case: what runs; `mode`: one of MODES.
+        providers: who runs it. Those who have no whole Perceiver are left out where that is the mode.
+        effort: how much time and memory it may take.
+        progress: is told what is going on.
+        image: the data, (batch, *shape, c); by default random.
+    """
+    image = case.image() if image is None else image
     results: dict[str, Result] = {}
-    runs: dict[str, Run] = {}
+    runs: dict[str, LayerRun | PerceiverRun] = {}
     for provider in providers:
-        progress(f"{case.name}, {mode}: {provider.name}")
-        refused = provider.missing() or effort.refuse(provider.bytes_needed(case, mode))
-        if refused:
-            results[provider.name] = Result(case.name, mode, provider.name, refused)
+        if mode == "perceiver" and provider.perceiver is None:
             continue
-        try:
-            runs[provider.name], results[provider.name] = first_calls(provider, case, mode)
-        except Exception as failure:  # one peer that fails must not cost the figures of the others
-            reason = f"failed: {type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
-            results[provider.name] = Result(case.name, mode, provider.name, reason)
+        refused = provider.missing() or effort.refuse(provider.bytes_needed(case, mode))
+        progress(f"{case.name}, {mode}: {provider.name}" + (f" left out: {refused}" if refused else ""))
+        if not refused:
+            try:
+                runs[provider.name], results[provider.name] = first_calls(provider, case, mode, image)
+                continue
+            except Exception as failure:  # one peer that fails must not cost the figures of the others
+                refused = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
+        results[provider.name] = Result(case.name, mode, provider.name, refused)
     if effort.errors and runs:
         progress(f"{case.name}, {mode}: float64 truth")
-        true = truth(case, mode)
+        true = truth(case, mode, image)
         for name, run in runs.items():
             results[name] = dataclasses.replace(results[name], errors=errors(run.values(), true))
-    progress(f"{case.name}, {mode}: interleaved timing")
-    for name, timing in interleave(runs, budget=effort.budget, min_rounds=effort.min_rounds).items() if runs else ():
-        results[name] = dataclasses.replace(results[name], timing=timing)
+    if runs:
+        progress(f"{case.name}, {mode}: interleaved timing")
+        for name, timing in interleave(runs, budget=effort.budget, min_rounds=effort.min_rounds).items():
+            results[name] = dataclasses.replace(results[name], timing=timing)
     return list(results.values())
 
 
-def first_calls(provider: Provider, case: Case, mode: str) -> tuple[Run, Result]:
+def first_calls(provider: Provider, case: Case, mode: str, image: Tensor) -> tuple[LayerRun | PerceiverRun, Result]:
     """Builds a provider's run and measures what only early calls show: first-call time and peak memory.
 
     A miniature of the case runs first, to load the libraries that a first call would otherwise be charged for.
     """
     if not provider.compiled:
-        Run(provider.layer(case.small()), case.small(), mode)()
-    run = Run(provider.layer(case), case, mode)
-    first_call = 0.0
+        prepare(provider, case.small(), mode, case.small().image())()
+    run = prepare(provider, case, mode, image)
+    calls: list[float] = []
 
     def call() -> None:
-        nonlocal first_call
         start = time.perf_counter()
         run()
-        first_call = first_call or time.perf_counter() - start
+        calls.append(time.perf_counter() - start)
 
     if provider.compiled:
         call()
         run.clear()
     memory = peak_extra_memory(call)
-    return run, Result(case.name, mode, provider.name, first_call=first_call, memory=memory)
+    return run, Result(case.name, mode, provider.name, first_call=calls[0], memory=memory)
 
 
-HEADER = ["provider", "median", "p20 ... p80", "times ours", "peak extra memory", "error (rms)", "pairs/s", "of exp limit"]
+HEADER = (
+    "provider",
+    "median",
+    "p20 ... p80",
+    "times ours",
+    "peak extra memory",
+    "error (rms)",
+    "pairs/s",
+    "of exp",
+)
 
 
 def table(results: Sequence[Result], pairs: int, exponentials: float | None) -> str:
-    """The comparison as text; `pairs` per call against `exponentials` per second is the roofline."""
+    """The comparison as text, and under it why some did not run.
+
+    Args:
+        results: of one case in one mode.
+        pairs: (row, token) pairs of a call, each of which costs an exponential at least.
+        exponentials: what this machine can do of them per second, where known.
+    """
     ours = next((result.timing for result in results if result.provider == "ours"), None)
-    rows = []
-    for result in results:
-        if result.timing is None:
-            rows.append([f"{result.provider}: {result.refused}"] + ["-"] * (len(HEADER) - 1))
-            continue
-        speed = pairs / result.timing.median
-        spread = f"{tables.seconds(result.timing.quantile(0.2))} ... {tables.seconds(result.timing.quantile(0.8))}"
-        rows.append(
-            [
-                result.provider,
-                tables.seconds(result.timing.median),
-                spread,
-                tables.ratio(result.timing.ratio(ours) if ours else None),
-                tables.size(result.memory),
-                f"{result.worst_error.rms:.1e}" if result.worst_error else "-",
-                tables.rate(speed, ""),
-                f"{speed / exponentials:.1%}" if exponentials else "-",
-            ]
-        )
-    return tables.markdown(HEADER, rows)
+    rows = [row(result, result.timing, ours, pairs, exponentials) for result in results if result.timing]
+    refusals = [f"{result.provider}: {result.refused}" for result in results if result.refused]
+    return "\n".join([tables.markdown(HEADER, rows), *refusals])
+
+
+def row(result: Result, timing: Timing, ours: Timing | None, pairs: int, exponentials: float | None) -> list[str]:
+    """One provider's line of the table."""
+    speed = pairs / timing.median
+    return [
+        result.provider,
+        tables.seconds(timing.median),
+        f"{tables.seconds(timing.quantile(0.2))} ... {tables.seconds(timing.quantile(0.8))}",
+        tables.ratio(timing.ratio(ours) if ours else None),
+        tables.size(result.memory),
+        f"{result.worst_error.rms:.1e}" if result.worst_error else "-",
+        tables.rate(speed),
+        f"{speed / exponentials:.1%}" if exponentials else "-",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import subprocess
@@ -30,6 +31,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def headline() -> str:
+    """The machine in one line."""
+    return "{cpu}, {threads} threads on {cores} cores, {isa}, torch {torch}".format(**describe())
+
+
 def probe(question: Callable[[], Any]) -> Any:
     """The answer, or what went wrong."""
     try:
@@ -40,9 +46,7 @@ def probe(question: Callable[[], Any]) -> Any:
 
 def native() -> ModuleType:
     """The compiled extension; ImportError where it was not built."""
-    from perceiver_kernels import _cpu
-
-    return _cpu
+    return importlib.import_module("perceiver_kernels._cpu")
 
 
 def cpu_model() -> str:

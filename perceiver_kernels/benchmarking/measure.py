@@ -27,7 +27,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        return self.quantile(0.5)
+        return statistics.median(call for calls in self.rounds for call in calls)
 
     def quantile(self, fraction: float) -> float:
         """The time within which this fraction of the calls was done."""
@@ -40,7 +40,9 @@ class Timing:
         return statistics.median(statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs)
 
 
-def interleave(calls: Mapping[str, Call], *, budget: float, min_rounds: int = 3, visit: float = 0.03) -> dict[str, Timing]:
+def interleave(
+    calls: Mapping[str, Call], *, budget: float, min_rounds: int = 3, visit: float = 0.03
+) -> dict[str, Timing]:
     """Times several calls in turns, one visit each per round, so that they share the machine's good and bad moments.
 
     Args:

@@ -83,37 +83,49 @@ class FeedForward(nn.Module):
 
 
 class PreNorm(nn.Module):
-    """LayerNorm before `fn`, and before its context if it has one."""
+    """LayerNorm, then `fn`."""
 
-    def __init__(self, dim: int, fn: nn.Module, context_dim: int | None = None) -> None:
+    def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
-        self.fn = fn
         self.norm = nn.LayerNorm(dim)
-        self.norm_context = nn.LayerNorm(context_dim) if context_dim else None
+        self.fn = fn
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.norm_context is None:
-            return self.fn(self.norm(x))
-        return self.fn(self.norm(x), self.norm_context(context))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
 
 
-def cross_attention(case: Case) -> PreNorm:
-    """The parameters of the layer that `case` measures."""
-    attention = Attention(case.latent_dim, case.channels, case.heads, case.head_dim)
-    return PreNorm(case.latent_dim, attention, case.channels)
+class CrossAttention(nn.Module):
+    """LayerNorm of the latents and of the tokens, then attention from the former to the latter."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(case.latent_dim)
+        self.norm_context = nn.LayerNorm(case.channels)
+        self.fn = Attention(case.latent_dim, case.channels, case.heads, case.head_dim)
+
+    def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        return self.fn(self.norm(latents), self.norm_context(tokens))
 
 
-class ExpertCrossAttention(nn.Module):
+class Layer(nn.Module):
+    """What a provider builds of a case: called with (latents, image), its parameters those of `layer`."""
+
+    layer: nn.Module
+
+
+class ExpertCrossAttention(Layer):
     """The best plain PyTorch: per-axis tables, one write of the tokens, one projection to K and V, fused attention.
 
-    Sines and cosines are taken once per axis, never per pixel. With `cached`, even the (M, E) array of positions is made
-    beforehand and outlives the call.
+    Sines and cosines are taken once per axis, never per pixel. With `cached`, even the (M, E) array of positions is
+    made beforehand and outlives the call.
     """
+
+    layer: CrossAttention
 
     def __init__(self, case: Case, cached: bool = False) -> None:
         super().__init__()
         self.case, self.cached = case, cached
-        self.layer = cross_attention(case)
+        self.layer = CrossAttention(case)
         if cached:
             self.positions = encode(torch.empty(1, *case.shape, 0), axis_tables(case)).view(1, *case.shape, -1)
 
@@ -127,18 +139,19 @@ class ExpertCrossAttention(nn.Module):
         return torch.cat([image, positions], dim=-1).flatten(1, -2)
 
 
-class ExactCrossAttention(nn.Module):
+class ExactCrossAttention(Layer):
     """The truth: float64, tokens a few rows of the grid at a time, parts merged by their logsumexp.
 
     Checkpointing keeps the memory of the backward pass to one chunk, so that the large cases have a truth too.
     """
 
+    layer: CrossAttention
     tokens_per_chunk = 1 << 14
 
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.case = case
-        self.layer = cross_attention(case).double()
+        self.layer = CrossAttention(case).double()
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
         attention = self.layer.fn
@@ -154,7 +167,7 @@ class ExactCrossAttention(nn.Module):
         return attention.project(out)
 
     def attend(self, q: Tensor, image: Tensor, tables: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Attention over one chunk, (batch, heads, N, head_dim), and the logsumexp of its scores, (batch, heads, N, 1)."""
+        """Attention over one chunk, (batch, heads, N, head_dim), and its scores' logsumexp, (batch, heads, N, 1)."""
         tokens = self.layer.norm_context(encode(image.double(), tables))
         k, v = (split_heads(part, self.case.heads) for part in self.layer.fn.to_kv(tokens).chunk(2, dim=-1))
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -163,31 +176,29 @@ class ExactCrossAttention(nn.Module):
 
 
 class PlainPerceiver(nn.Module):
-    """A Perceiver of depth 1 with one self-attention, its state dict that of perceiver-pytorch's, around any cross-attention.
+    """A Perceiver of depth 1 with one self-attention, its state dict that of perceiver-pytorch's.
 
     Args:
-        cross: a module of this file, whose `layer` becomes layers.0.cross_attn.
+        cross: either module above; the parameters of its `layer` become layers.0.cross_attn.
     """
 
     def __init__(self, case: Case, cross: ExpertCrossAttention | ExactCrossAttention, num_classes: int = 1000) -> None:
         super().__init__()
         dim = case.latent_dim
         self.latents = nn.Parameter(torch.randn(case.num_latents, dim))
+        cross_ff, self_ff = PreNorm(dim, FeedForward(dim)), PreNorm(dim, FeedForward(dim))
         self_attention = PreNorm(dim, Attention(dim, dim, heads=8, head_dim=64))
-        block = {
-            "cross_attn": cross.layer,
-            "cross_ff": PreNorm(dim, FeedForward(dim)),
-            "self_attns": nn.ModuleList([nn.ModuleList([self_attention, PreNorm(dim, FeedForward(dim))])]),
-        }
+        self_attentions = nn.ModuleList([nn.ModuleList([self_attention, self_ff])])
+        block = {"cross_attn": cross.layer, "cross_ff": cross_ff, "self_attns": self_attentions}
         self.layers = nn.ModuleList([nn.ModuleDict(block)])
         self.to_logits = nn.Sequential(nn.Identity(), nn.LayerNorm(dim), nn.Linear(dim, num_classes))
-        self.attend = [cross]  # in a list, so that its parameters are not registered twice
+        # In a tuple, so that the layer's parameters are not registered a second time.
+        self.steps = (cross, cross_ff, self_attention, self_ff)
 
     def forward(self, image: Tensor) -> Tensor:
-        latents = self.latents[None]
-        x = self.attend[0](latents, image) + latents
-        x = self.layers[0]["cross_ff"](x) + x
-        for attention, ff in self.layers[0]["self_attns"]:
-            x = attention(x) + x
-            x = ff(x) + x
+        cross, *steps = self.steps
+        x = self.latents[None]
+        x = cross(x, image) + x
+        for step in steps:
+            x = step(x) + x
         return self.to_logits(x.mean(dim=1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import perceiver_kernels as pk
 from perceiver_kernels.benchmarking.cases import Case
-from perceiver_kernels.benchmarking.plain import ExpertCrossAttention, PlainPerceiver
+from perceiver_kernels.benchmarking.plain import ExpertCrossAttention, Layer, PlainPerceiver
 
 FLOAT = 4
 
@@ -35,7 +35,7 @@ class Provider:
 
     name: str
     what: str
-    layer: Callable[[Case], nn.Module]
+    layer: Callable[[Case], Layer]
     floats: Callable[[Case, bool], int]
     missing: Callable[[], str | None] = lambda: None
     perceiver: Callable[[Case], nn.Module] | None = None
@@ -43,10 +43,10 @@ class Provider:
 
     def bytes_needed(self, case: Case, mode: str) -> int:
         """Peak memory beyond image and parameters, estimated, so that nothing is run into the ground."""
-        return FLOAT * self.floats(case, mode != "forward")
+        return FLOAT * self.floats(case, mode == "forward+backward")
 
 
-class LibraryCrossAttention(nn.Module):
+class LibraryCrossAttention(Layer):
     """This library's layer, on the backend that dispatch picks or on a given one."""
 
     def __init__(self, case: Case, backend: str | None = None) -> None:
@@ -60,7 +60,7 @@ class LibraryCrossAttention(nn.Module):
             return self.layer(latents, image, grid=self.grid)
 
 
-class PerceiverPytorchCrossAttention(nn.Module):
+class PerceiverPytorchCrossAttention(Layer):
     """perceiver-pytorch's layer, its input encoded at every call just as its Perceiver.forward does it."""
 
     def __init__(self, case: Case) -> None:
@@ -121,7 +121,7 @@ def _needs_compiler() -> str | None:
     return None
 
 
-def _compiled(case: Case) -> nn.Module:
+def _compiled(case: Case) -> Layer:
     module = ExpertCrossAttention(case)
     module.compile(dynamic=False)
     return module
@@ -134,8 +134,9 @@ def _floats_plain(case: Case, backward: bool) -> int:
 
 
 def _floats_perceiver_pytorch(case: Case, backward: bool) -> int:
-    """As plain, and the scores of every pair two to four times over."""
-    return _floats_plain(case, backward) + (4 if backward else 2) * case.pairs
+    """As plain, the encoded positions besides, and the scores of every pair two or three times over."""
+    positions = case.batch * case.tokens * case.channels
+    return _floats_plain(case, backward) + positions + (3 if backward else 2) * case.pairs
 
 
 def _floats_native(case: Case, backward: bool) -> int:
@@ -162,7 +163,9 @@ PROVIDERS = {
             _floats_plain,
             perceiver=lambda case: PlainPerceiver(case, ExpertCrossAttention(case)),
         ),
-        Provider("expert-compiled", "the same under torch.compile", _compiled, _floats_plain, _needs_compiler, compiled=True),
+        Provider(
+            "expert-compiled", "the same under torch.compile", _compiled, _floats_plain, _needs_compiler, compiled=True
+        ),
         Provider(
             "expert-cached",
             "the same with all positions encoded beforehand, outside the clock",

@@ -15,9 +15,9 @@ def size(value: float | None) -> str:
     return "unknown" if value is None else _scaled(value, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
 
 
-def rate(value: float | None, unit: str) -> str:
-    """Things per second: 3.21 G pairs/s."""
-    return "-" if value is None else _scaled(value, ((f"T {unit}", 1e12), (f"G {unit}", 1e9), (f"M {unit}", 1e6)))
+def rate(value: float | None) -> str:
+    """Things per second, three digits and a power of a thousand: 3.21 G."""
+    return "-" if value is None else _scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6)))
 
 
 def ratio(value: float | None) -> str:
@@ -43,8 +43,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         words, *figures = cells
-        aligned = [words.ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
-        return f"| {' | '.join(aligned)} |"
+        aligned = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
+        return f"| {' | '.join([words.ljust(widths[0]), *aligned])} |"
 
     rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])

@@ -1,7 +1,7 @@
 """Pre-norm attention modules: from latents to data (CrossAttention) and among latents (SelfAttention)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -148,11 +148,11 @@ class CrossAttention(nn.Module):
         mask: Tensor | None = None,
         inverted: bool = False,
     ) -> str:
-        """Say in one line which path `forward` takes for these arguments, and why."""
+        """Say which path `forward` takes for these arguments, and what each would cost or why it cannot run."""
         context, _ = self._flatten(latents, context, grid, mask)
         if inverted:
-            return "inverted: plain PyTorch, because attention normalised over the latents has no fused path yet"
-        return str(self._choose_path(latents, context, grid))
+            return "path: inverted\n  plain PyTorch: attention normalised over the latents has no fused path yet"
+        return self._choose_path(latents, context, grid).describe()
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}, masked_rows={self.masked_rows!r}"
@@ -317,7 +317,7 @@ def inverted_cross_attention(
     return _merge_heads(weights @ values)
 
 
-_DENSE_PATHS = {
+_DENSE_PATHS: dict[str, Callable[..., Tensor]] = {
     "absorbed": absorbed_cross_attention,
     "projected": projected_cross_attention,
     "inverted": inverted_cross_attention,

@@ -235,7 +235,7 @@ class Perceiver(nn.Module):
         for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
             cross_attn = cast(PerceiverBlock, block).cross_attn
             choice = cross_attn.explain(latents, context, grid=grid, mask=mask, inverted=inverted)
-            lines.append(f"layers.{layer}.cross_attn: {choice}")
+            lines.append(f"layers.{layer}.cross_attn: " + "; ".join(map(str.strip, choice.splitlines())))
         return "\n".join(lines)
 
     @property

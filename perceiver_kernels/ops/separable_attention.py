@@ -233,11 +233,11 @@ def _product(sizes: Sequence[int]) -> int:
 def _on_grid(name: str, tensor: Tensor, grid: tuple[int, ...], trailing: int) -> Tensor:
     """The tensor as (batch, *grid, ...); tokens may come in one dimension."""
     flat, full = 2 + trailing, 1 + len(grid) + trailing
-    tail = ", channels" if trailing else ""
-    expected = f"(batch, {_product(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
     if tensor.dim() == full and tuple(tensor.shape[1 : 1 + len(grid)]) == grid:
         return tensor
     if tensor.dim() != flat or tensor.shape[1] != _product(grid):
+        tail = ", channels" if trailing else ""
+        expected = f"(batch, {_product(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
     return tensor.unflatten(1, grid) if tensor.numel() else tensor.reshape(tensor.shape[0], *grid, *tensor.shape[2:])
 

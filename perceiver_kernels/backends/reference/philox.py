@@ -29,12 +29,14 @@ def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
 
 
 def dropout_scales(
-    batch: int, rows: int, tokens: int, dropout_p: float, seed: int, dtype: torch.dtype, device: torch.device
+    shape: torch.Size, dropout_p: float, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """(batch, rows, tokens): 0 where a weight is dropped, 1 / (1 - dropout_p) where it is kept.
 
     Word (token mod 4) of counter (token / 4, row, batch, 0) belongs to (batch, row, token); below dropout_p * 2^32 it drops.
     """
+
+    batch, rows, tokens = shape
 
     def index(count: int) -> Tensor:
         return torch.arange(count, device=device)

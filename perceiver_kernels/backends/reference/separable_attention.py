@@ -65,7 +65,7 @@ def separable_attention_fwd(
     x = x.to(a.dtype)
     _, factor, lse, p = _weights(a, tables, x, r, mask)
     if dropout_p > 0:
-        p = p * dropout_scales(*p.shape, dropout_p, seed, p.dtype, p.device)
+        p = p * dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device)
     acc, marginals = _sums(p * factor, x)
     marginals = [marginal.transpose(1, 2).contiguous().transpose(1, 2) for marginal in marginals]
     return acc, marginals, lse.double(), p.sum(-1)
@@ -88,7 +88,7 @@ def separable_attention_bwd(
     d_acc, d_marginals, d_lse, d_total = upstream
     data = x.to(a.dtype)
     form, factor, _, p = _weights(a, tables, data, r, mask)
-    keep = dropout_scales(*p.shape, dropout_p, seed, p.dtype, p.device) if dropout_p > 0 else p.new_ones(1, 1, 1)
+    keep = dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device) if dropout_p > 0 else p.new_ones(1, 1, 1)
 
     u = _form(d_acc, d_marginals, data)
     delta = (d_acc * acc).sum(-1) + d_total * total - d_lse.to(a.dtype)

@@ -1,0 +1,41 @@
+# Everything runs in .venv, made on first use; `make PYTHON=python3.12 ...` picks another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m perceiver_kernels demo $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/linters
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(SOURCES)
+
+# Editable, so that tests see the sources; rebuilt when native sources or the build change.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/linters: $(VENV)/installed
+	$(BIN)/pip install -q -c constraints.txt 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info perceiver_kernels/*.so

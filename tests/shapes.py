@@ -1,0 +1,50 @@
+"""The shape grid: every op's tests draw their cases from these lists and from the backends' declarations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perceiver_kernels import dispatch
+
+
+@dataclass(frozen=True)
+class SeparableShape:
+    """One call of separable attention."""
+
+    batch: int
+    query_batch: int
+    rows: int
+    channels: int
+    grid: tuple[int, ...]
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.grid))
+        return f"B{self.batch}-Q{self.query_batch}-R{self.rows}-c{self.channels}-{grid}"
+
+
+SEPARABLE_SHAPES = [
+    SeparableShape(1, 1, 1, 1, (1,)),
+    SeparableShape(2, 1, 5, 3, (4, 6)),
+    SeparableShape(2, 2, 15, 3, (4, 6, 3)),
+    SeparableShape(1, 1, 16, 2, (2, 3, 4, 5)),
+    SeparableShape(3, 1, 17, 4, (1, 129)),
+    SeparableShape(2, 2, 33, 3, (7, 128)),
+    SeparableShape(1, 1, 31, 3, (127,)),
+    SeparableShape(2, 1, 9, 5, (20, 17)),
+    SeparableShape(1, 1, 3, 128, (3, 9)),
+    SeparableShape(2, 1, 2, 1, (260, 1)),
+    SeparableShape(1, 1, 4, 3, (150, 130)),  # few rows and many tokens: split over tokens, states merged
+    SeparableShape(1, 1, 2, 3, (20000,)),  # the same along a single axis
+    SeparableShape(0, 1, 3, 2, (2, 3)),
+    SeparableShape(2, 1, 3, 2, (2, 0)),
+    SeparableShape(2, 1, 0, 2, (2, 3)),
+]
+
+
+def available_backends(op: str, device: str = "cpu") -> list[str]:
+    """Backends that can run the op on this machine, the reference last."""
+    return [
+        entry.backend
+        for entry in dispatch.declarations(op)
+        if not entry.unavailable() and ("any" in entry.devices or device in entry.devices)
+    ]

@@ -1,0 +1,473 @@
+"""Separable attention: the reference against explicit loops, every backend against the float64 reference, and bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse
+from shapes import SEPARABLE_SHAPES, SeparableShape, available_backends
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels import dispatch
+from perceiver_kernels.ops.separable_attention import OP, SeparableState, separable_attention
+
+BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
+
+
+def make_inputs(
+    shape: SeparableShape, *, with_r: bool = True, masked: bool = False, spread: float = 1.0, seed: int = 0
+) -> dict[str, Any]:
+    """Float64 inputs of one call; the last batch entry of a masked call has nothing to attend to."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
+    tokens = math.prod(shape.grid)
+    inputs: dict[str, Any] = {
+        "a": spread * rand(shape.query_batch, shape.rows, shape.channels) / shape.channels**0.5,
+        "tables": [spread * rand(shape.query_batch, shape.rows, size) for size in shape.grid],
+        "x": rand(shape.batch, tokens, shape.channels),
+        "r": rand(shape.batch, tokens).abs() + 0.1 if with_r else None,
+        "mask": None,
+    }
+    if masked:
+        inputs["mask"] = torch.rand(shape.batch, tokens, generator=g) > 0.3
+        inputs["mask"][-1:] = False
+    return inputs
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype, x_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def to(value: Any) -> Any:
+        if isinstance(value, list):
+            return [to(v) for v in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    result = {name: to(value) for name, value in inputs.items()}
+    if x_dtype is not None:
+        result["x"] = inputs["x"].to(x_dtype)
+    return result
+
+
+def parts(state: SeparableState) -> dict[str, Tensor]:
+    return {
+        "acc": state.acc,
+        **{f"marginals[{k}]": m for k, m in enumerate(state.marginals)},
+        "lse": state.lse,
+        "total": state.total,
+    }
+
+
+def run(inputs: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:
+    """Outputs and the gradients of all floating inputs, for one fixed upstream gradient."""
+    leaves = {
+        name: value.detach().clone().requires_grad_()
+        for name, value in named_leaves(inputs).items()
+        if value.is_floating_point()
+    }
+    tables = [leaves[f"tables[{k}]"] for k in range(len(inputs["tables"]))]
+    with pk.use_backend(backend):
+        state = separable_attention(
+            leaves["a"], tables, leaves.get("x", inputs["x"]), leaves.get("r"), mask=inputs["mask"], **options
+        )
+        results = parts(state)
+        g = torch.Generator().manual_seed(1)
+        loss = torch.zeros((), dtype=torch.float64)
+        for value in results.values():
+            weight = torch.randn(value.shape, generator=g, dtype=torch.float64)
+            # -inf is the log-sum-exp of no tokens: it must not turn the loss into NaN.
+            finite = torch.where(value.isfinite(), value, 0.0)
+            loss = loss + (finite.double() * weight).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+    results.update({f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)})
+    return {name: value.detach() for name, value in results.items()}
+
+
+def named_leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    named = {"a": inputs["a"], "x": inputs["x"], "r": inputs["r"]}
+    named.update({f"tables[{k}]": table for k, table in enumerate(inputs["tables"])})
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def check_against_reference(
+    inputs: dict[str, Any],
+    backend: str,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype | None = None,
+    amplification: float = 1.0,
+    **options: Any,
+) -> None:
+    typed = cast(inputs, dtype, x_dtype)
+    truth = run(cast(typed, torch.float64, torch.float64), "reference", **options)
+    plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
+    for name, value in actual.items():
+        assert_no_worse(value, plain[name], truth[name], name, amplification)
+
+
+# --- the reference against explicit loops ---------------------------------------------------------------------------
+
+
+def loops(a: Tensor, tables: list[Tensor], x: Tensor, r: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    grid = [t.shape[2] for t in tables]
+    batch, rows = x.shape[0], a.shape[1]
+    acc = torch.zeros(batch, rows, x.shape[2], dtype=a.dtype)
+    marginals = [torch.zeros(batch, rows, size, dtype=a.dtype) for size in grid]
+    lse = torch.full((batch, rows), -torch.inf, dtype=a.dtype)
+    for b, i in itertools.product(range(batch), range(rows)):
+        q = b if a.shape[0] > 1 else 0
+        tokens = [
+            (m, at) for m, at in enumerate(itertools.product(*map(range, grid))) if mask[b, m]
+        ]
+        scores = {
+            m: r[b, m] * (a[q, i] @ x[b, m] + sum(t[q, i, p] for t, p in zip(tables, at, strict=True)))
+            for m, at in tokens
+        }
+        if not tokens:
+            continue
+        lse[b, i] = torch.stack(list(scores.values())).logsumexp(0)
+        for m, at in tokens:
+            w = (scores[m] - lse[b, i]).exp() * r[b, m]
+            acc[b, i] += w * x[b, m]
+            for marginal, position in zip(marginals, at, strict=True):
+                marginal[b, i, position] += w
+    return acc, marginals, lse
+
+
+def test_reference_is_the_formula() -> None:
+    inputs = make_inputs(SeparableShape(3, 1, 2, 2, (3, 2, 2)), masked=True)
+    with pk.use_backend("reference"):
+        state = separable_attention(inputs["a"], inputs["tables"], inputs["x"], inputs["r"], mask=inputs["mask"])
+    acc, marginals, lse = loops(**inputs)
+    torch.testing.assert_close(state.acc, acc)
+    torch.testing.assert_close(list(state.marginals), marginals)
+    torch.testing.assert_close(state.lse, lse)
+    torch.testing.assert_close(state.total, torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]).double())
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(backend: str, masked: bool, dropout_p: float) -> None:
+    inputs = make_inputs(SeparableShape(2, 1, 3, 2, (3, 4)), masked=masked)
+    if masked:
+        inputs["mask"][-1] = torch.tensor([True] + [False] * 11)
+    leaves = [value.requires_grad_() for value in named_leaves(inputs).values()]
+
+    def f(a: Tensor, x: Tensor, r: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        state = separable_attention(a, tables, x, r, mask=inputs["mask"], dropout_p=dropout_p, seed=3)
+        return tuple(parts(state).values())
+
+    with pk.use_backend(backend):
+        assert torch.autograd.gradcheck(f, leaves)
+
+
+# --- every backend against the float64 reference ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("with_r", [True, False], ids=["r", "no_r"])
+@pytest.mark.parametrize("shape", SEPARABLE_SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shape_grid(backend: str, shape: SeparableShape, with_r: bool, masked: bool, dtype: torch.dtype) -> None:
+    check_against_reference(make_inputs(shape, with_r=with_r, masked=masked), backend, dtype)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_data_dtypes(backend: str, x_dtype: torch.dtype) -> None:
+    check_against_reference(make_inputs(SeparableShape(2, 1, 18, 3, (9, 21))), backend, torch.float32, x_dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raw_pixels_with_their_normalisation_folded_in(backend: str) -> None:
+    inputs = cast(make_inputs(SeparableShape(2, 1, 18, 3, (9, 21)), spread=0.5), torch.float32)
+    pixels = torch.randint(0, 256, inputs["x"].shape, dtype=torch.uint8)
+    scale, shift = torch.tensor([1 / 50, 1 / 60, 1 / 70]), torch.tensor([-2.0, -1.9, -1.8])
+    truth = run(cast({**inputs, "x": pixels.double() * scale.double() + shift.double()}, torch.float64), "reference")
+    plain = run({**inputs, "x": pixels * scale + shift}, "reference")
+    actual = run({**inputs, "x": pixels}, backend, x_scale=scale, x_shift=shift)
+    assert "d_x" not in actual
+    for name, value in actual.items():
+        assert_no_worse(value, plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.75])
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("shape", SEPARABLE_SHAPES[:6], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_the_same_on_every_backend(
+    backend: str, shape: SeparableShape, masked: bool, dropout_p: float
+) -> None:
+    inputs = make_inputs(shape, masked=masked)
+    check_against_reference(inputs, backend, torch.float64, dropout_p=dropout_p, seed=2**40 + 7)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_dropout_rate_and_seeds(backend: str) -> None:
+    a, tables = torch.zeros(1, 8, 1), [torch.zeros(1, 8, 64), torch.zeros(1, 8, 64)]
+    x = torch.ones(2, 64 * 64, 1)
+    with pk.use_backend(backend):
+        totals = [separable_attention(a, tables, x, dropout_p=0.3, seed=seed).total for seed in (1, 2, 1)]
+        torch.manual_seed(5)
+        drawn = [separable_attention(a, tables, x, dropout_p=0.3).total for _ in range(2)]
+    assert torch.equal(totals[0], totals[2])
+    assert not torch.equal(totals[0], totals[1])
+    assert not torch.equal(drawn[0], drawn[1])
+    # 16 rows of 4096 weights of 1 / 4096, kept with probability 0.7 and divided by it: standard deviation 0.0102 each.
+    assert abs(totals[0].mean().item() - 1) < 5 * 0.0102 / 4
+    assert totals[0].std().item() == pytest.approx(0.0102, rel=0.6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    shared=st.booleans(),
+    rows=st.integers(1, 40),
+    channels=st.integers(1, 9),
+    grid=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_shape(
+    backend: str,
+    batch: int,
+    shared: bool,
+    rows: int,
+    channels: int,
+    grid: list[int],
+    spread: float,
+    masked: bool,
+    seed: int,
+) -> None:
+    shape = SeparableShape(batch, 1 if shared else batch, rows, channels, tuple(grid))
+    check_against_reference(make_inputs(shape, masked=masked, spread=spread, seed=seed), backend, torch.float64)
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "cropped", "expanded", "negative_free_transposed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str, layout: str) -> None:
+    shape = SeparableShape(2, 1, 19, 3, (6, 10))
+    inputs = make_inputs(shape)
+    x = inputs["x"].unflatten(1, shape.grid)
+    if layout == "channels_first":
+        strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    elif layout == "cropped":
+        strided = torch.nn.functional.pad(x, (1, 2, 3, 1, 2, 2))[:, 2:-2, 3:-1, 1:-2]
+    elif layout == "expanded":
+        strided = x[:1].expand(2, -1, -1, -1)
+    else:
+        strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for name in ("a", "r"):
+        inputs[name] = inputs[name][..., None].expand(*inputs[name].shape, 2).contiguous()[..., 0]
+    inputs["tables"] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs["tables"]]
+    with pk.use_backend(backend):
+        actual = separable_attention(inputs["a"], inputs["tables"], strided, inputs["r"])
+    with pk.use_backend("reference"):
+        expected = separable_attention(inputs["a"], inputs["tables"], strided.contiguous(), inputs["r"])
+    for name, value in parts(actual).items():
+        torch.testing.assert_close(value, parts(expected)[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_grow_and_fall_far_beyond_the_exponent_range(backend: str) -> None:
+    """The lazy reference point: rising, falling and far-apart scores lose nothing against a plain softmax."""
+    rows, grid = 3, (40, 130)
+    x = torch.zeros(1, grid[0] * grid[1], 1)
+    for slope in (50.37, -50.37):
+        outer = slope * torch.arange(grid[0], dtype=torch.float32)
+        tables = [outer.expand(1, rows, -1).contiguous(), torch.randn(1, rows, grid[1])]
+        inputs = {"a": torch.zeros(1, rows, 1), "tables": tables, "x": x, "r": None, "mask": None}
+        check_against_reference(inputs, backend, torch.float32, amplification=10.0)
+    tables = [torch.tensor([-3000.7, 0.1, 3000.7, -1e30]).expand(1, rows, -1).contiguous(), torch.randn(1, rows, 130)]
+    inputs = {"a": torch.zeros(1, rows, 1), "tables": tables, "x": x[:, : 4 * 130], "r": None, "mask": None}
+    check_against_reference(inputs, backend, torch.float32, amplification=10.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_nan_reaches_the_rows_that_attend_to_it(backend: str, value: float) -> None:
+    inputs = cast(make_inputs(SeparableShape(2, 1, 4, 3, (5, 140))), torch.float32)
+    inputs["x"][0, 333, 1] = value
+    with pk.use_backend(backend):
+        state = separable_attention(inputs["a"], inputs["tables"], inputs["x"], inputs["r"])
+        mask = torch.ones(2, 700, dtype=torch.bool)
+        mask[0, 333] = False
+        hidden = separable_attention(inputs["a"], inputs["tables"], inputs["x"], inputs["r"], mask=mask)
+    assert state.acc[0].isnan().any(-1).all()
+    assert state.acc[1].isfinite().all()
+    if backend != "reference":  # the reference multiplies the hidden NaN by a weight of zero
+        assert all(value.isfinite().all() for value in parts(hidden).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_number_of_threads_changes_nothing(backend: str) -> None:
+    inputs = cast(make_inputs(SeparableShape(2, 1, 70, 3, (30, 140))), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run(inputs, backend))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(level: str) -> None:
+    """Each level that this processor runs passes the same cases in a process that is forced to it."""
+    from perceiver_kernels import _cpu
+
+    if level not in _cpu.isa_levels():
+        pytest.skip(f"this processor does not run {level}")
+    code = (
+        "from perceiver_kernels import _cpu; import test_separable_attention as t, torch\n"
+        f"assert _cpu.isa() == {level!r}\n"
+        "for shape in t.SEPARABLE_SHAPES[:9]:\n"
+        "    for dtype in (torch.float32, torch.float64):\n"
+        "        t.check_against_reference(t.make_inputs(shape, masked=True), 'native', dtype)\n"
+    )
+    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_an_instruction_set_that_does_not_exist() -> None:
+    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import perceiver_kernels._cpu"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "PERCEIVER_KERNELS_CPU_ISA is 'mmx', but this processor runs: generic" in done.stderr
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
+
+
+def test_states_merge() -> None:
+    shape = SeparableShape(2, 1, 5, 3, (6, 8))
+    inputs = make_inputs(shape)
+    left = torch.rand(2, 48) > 0.5
+    left[1] = False
+    call = lambda mask: separable_attention(  # noqa: E731
+        inputs["a"], inputs["tables"], inputs["x"], inputs["r"], mask=mask
+    )
+    merged, whole = call(left).merge(call(~left)), call(None)
+    for name, value in parts(merged).items():
+        torch.testing.assert_close(value, parts(whole)[name])
+    nothing = torch.zeros_like(left)
+    empty = call(nothing).merge(call(nothing))
+    assert (empty.lse == -torch.inf).all()
+    assert (empty.acc == 0).all()
+
+
+def test_merge_is_differentiable() -> None:
+    inputs = make_inputs(SeparableShape(1, 1, 2, 2, (3, 4)))
+    left = torch.rand(1, 12) > 0.5
+    leaves = [value.requires_grad_() for value in named_leaves(inputs).values()]
+
+    def f(a: Tensor, x: Tensor, r: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+        halves = [separable_attention(a, tables, x, r, mask=mask) for mask in (left, ~left)]
+        return tuple(parts(halves[0].merge(halves[1])).values())
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_merge_of_different_grids() -> None:
+    states = []
+    for grid in ((2, 3), (3, 2)):
+        inputs = make_inputs(SeparableShape(1, 1, 2, 2, grid))
+        states.append(separable_attention(inputs["a"], inputs["tables"], inputs["x"]))
+    with pytest.raises(ValueError, match=r"other has acc and marginals of shapes .* must be .* as in this state"):
+        states[0].merge(states[1])
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked: bool) -> None:
+    inputs = cast(make_inputs(SeparableShape(2, 1, 3, 2, (3, 4)), masked=masked), torch.float32)
+    x = inputs["x"].unflatten(1, (3, 4)).requires_grad_()
+    r = inputs["r"].unflatten(1, (3, 4)).requires_grad_()
+    mask = None if inputs["mask"] is None else inputs["mask"].unflatten(1, (3, 4))
+    args = (inputs["a"].requires_grad_(), [t.requires_grad_() for t in inputs["tables"]], x, r, mask, None, 0.0)
+    torch.library.opcheck(torch.ops.perceiver_kernels.separable_attention_fwd.default, args)
+
+
+def test_compiles_whole_with_dynamic_shapes() -> None:
+    def f(a: Tensor, t0: Tensor, t1: Tensor, x: Tensor, r: Tensor) -> Tensor:
+        state = separable_attention(a, (t0, t1), x, r)
+        return (state.acc.sum() + state.marginals[1].square().sum()) * 2
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for grid in ((4, 5), (6, 3)):
+        inputs = cast(make_inputs(SeparableShape(2, 1, 7, 3, grid)), torch.float32)
+        args = [inputs["a"], *inputs["tables"], inputs["x"], inputs["r"]]
+        leaves = [[v.clone().requires_grad_() for v in args] for _ in range(2)]
+        results = [g(*ls) for g, ls in zip((f, compiled), leaves, strict=True)]
+        torch.testing.assert_close(results[0], results[1])
+        gradients = [torch.autograd.grad(v, ls) for v, ls in zip(results, leaves, strict=True)]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def wrong(**changes: Any) -> dict[str, Any]:
+    inputs = cast(make_inputs(SeparableShape(2, 1, 4, 3, (5, 6)), masked=True), torch.float32)
+    return {**inputs, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": torch.zeros(4, 3)}, "a has 2 dimensions, must have 3"),
+        ({"a": torch.zeros(1, 4, 3, dtype=torch.int64)}, "a has dtype torch.int64, must be torch.float32 or torch.float64"),
+        ({"a": torch.zeros(3, 4, 3), "tables": [torch.zeros(3, 4, 5), torch.zeros(3, 4, 6)]}, "a has batch 3, must be 1 or 2"),
+        ({"tables": []}, "tables has 0 entries, must have one per grid axis, 1 to 4"),
+        ({"tables": [torch.zeros(1, 4, 2)] * 5}, "tables has 5 entries, must have one per grid axis, 1 to 4"),
+        ({"tables": [torch.zeros(1, 4, 5)]}, r"x has shape \(2, 30, 3\), must be \(batch, 5, channels\)"),
+        ({"tables": [torch.zeros(1, 4, 5), torch.zeros(1, 3, 6)]}, r"tables\[1\] has shape \(1, 3, 6\), must be \(1, 4, positions\)"),
+        (
+            {"tables": [torch.zeros(1, 4, 5), torch.zeros(1, 4, 6, dtype=torch.float64)]},
+            r"tables\[1\] has dtype torch.float64, must be torch.float32 as a has",
+        ),
+        ({"x": torch.zeros(2, 30, 4)}, "x has 4 channels, must have 3 as a has"),
+        ({"x": torch.zeros(2, 30, 129)}, "x has 129 channels, must have 1 to 128"),
+        ({"x": torch.zeros(2, 30, 3, dtype=torch.int32)}, "x has dtype torch.int32, must be float32, float64, bfloat16, float16 or uint8"),
+        ({"x": torch.zeros(2, 31, 3)}, r"x has shape \(2, 31, 3\), must be \(batch, 30, channels\) or \(batch, 5, 6, channels\)"),
+        ({"r": torch.zeros(2, 29)}, r"r has shape \(2, 29\), must be \(batch, 30\) or \(batch, 5, 6\)"),
+        ({"r": torch.zeros(1, 30)}, "r has batch 1, must be 2 as x has"),
+        ({"r": torch.zeros(2, 30, dtype=torch.float64)}, "r has dtype torch.float64, must be torch.float32 as a has"),
+        ({"mask": torch.ones(2, 30)}, "mask has dtype torch.float32, must be torch.bool"),
+        ({"mask": torch.ones(2, 6, 5, dtype=torch.bool)}, r"mask has shape \(2, 6, 5\), must be"),
+        ({"r": torch.zeros(2, 30, device="meta")}, "r is on meta, must be on cpu as a is"),
+        ({"x": torch.zeros(2, 30, 3, device="meta")}, "x is on meta, must be on cpu as a is"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0, must be at least 0 and less than 1"),
+        ({"x_scale": torch.ones(4)}, r"x_scale has shape \(4,\), must be \(3,\)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    inputs = wrong(**changes)
+    a, tables, x = (inputs.pop(name) for name in ("a", "tables", "x"))
+    with pytest.raises(ValueError, match=message):
+        separable_attention(a, tables, x, **inputs)
+
+
+def test_a_forced_backend_that_cannot_run_explains() -> None:
+    inputs = wrong()
+    with pk.use_backend("cuda"), pytest.raises(dispatch.BackendError, match=r"(?s)'cuda'.*cuda: no, it has no separable"):
+        separable_attention(inputs["a"], inputs["tables"], inputs["x"])
