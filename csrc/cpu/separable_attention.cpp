@@ -219,8 +219,9 @@ struct Rows {
     }
   }
 
+  template <bool Multiply = false>
   void evaluate_block(const Block& b, const Form<T>& form, const Vec<T>* outer, const Vec<T>* constant, Vec<T>* out) const {
-    evaluate<T, C, Indexed>(b.tokens, b.index, b.count, g.channels, form.channels, form.column + b.column_offset, outer, constant, out);
+    evaluate<T, C, Indexed, Multiply>(b.tokens, b.index, b.count, g.channels, form.channels, form.column + b.column_offset, outer, constant, out);
   }
 
   void dropout_block(const Block& b, int64_t first_token, T* keep) const {
@@ -310,19 +311,20 @@ struct Rows {
     if (all_below<T>(high, limit)) return;
     const bool in_range = !any_below<T>(low, limit);
 
-    Vec<T> p[kBlockTokens * kRowVectors + 8], u[kBlockTokens * kRowVectors + 8];
+    Vec<T> p[kBlockTokens * kRowVectors + 8];
     Vec<T> outer_gradient[kRowVectors] = {}, unused[kRowVectors] = {};
     AlignedChannels sums(g.channels);
     for_each_block(tile, o, [&](const Block& b, int64_t first_token) {
       evaluate_block(b, row.score.form, outer, reference, p);
       exp2_block<T>(p, b.count * kRowVectors, in_range);
-      evaluate_block(b, row.upstream, upstream_outer, upstream_constant, u);
       if (dropout) {
+        Vec<T> u[kBlockTokens * kRowVectors + 8];
         alignas(64) T keep[kBlockTokens * width];
+        evaluate_block(b, row.upstream, upstream_outer, upstream_constant, u);
         dropout_block(b, first_token, keep);
         for (int k = 0; k < b.count * kRowVectors; ++k) p[k] *= load(keep + k * lanes) * u[k] - delta[k % kRowVectors];
       } else {
-        for (int k = 0; k < b.count * kRowVectors; ++k) p[k] *= u[k];
+        evaluate_block<true>(b, row.upstream, upstream_outer, upstream_constant, p);
       }
       accumulate<T, C, Indexed, false>(b.tokens, b.index, b.count, g.channels, p, sums.data, gradient.column + b.column_offset,
                                        outer_gradient, unused);

@@ -257,9 +257,9 @@ inline void pack_tile(const SeparableInputs& in, const TensorView& factor, const
   }
 }
 
-// out[k] = constant + form(token k), for the tokens of one outer position. `column` starts at the strip, `outer` holds the
-// sum of the outer tables there.
-template <class T, int C, bool Indexed>
+// out[k] = constant + form(token k), for the tokens of one outer position; with Multiply, out[k] is multiplied by that instead.
+// `column` starts at the strip, `outer` holds the sum of the outer tables there.
+template <class T, int C, bool Indexed, bool Multiply = false>
 inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t channels, const T* coefficients,
                      const T* column, const Vec<T>* outer, const Vec<T>* constant, Vec<T>* out) {
   constexpr int lanes = Simd<T>::lanes, width = group_rows<T>;
@@ -282,8 +282,8 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
         value_0 += a_0[c] * factor;
         value_1 += a_1[c] * factor;
       }
-      out[2 * k] = value_0;
-      out[2 * k + 1] = value_1;
+      out[2 * k] = Multiply ? out[2 * k] * value_0 : value_0;
+      out[2 * k + 1] = Multiply ? out[2 * k + 1] * value_1 : value_1;
     }
   } else {
     constexpr int step = 4;  // tokens at a time: 8 independent sums
@@ -306,7 +306,7 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
           value[2 * q + 1] += a_1 * factor;
         }
       }
-      PK_UNROLL for (int q = 0; q < 2 * step; ++q) out[2 * k + q] = value[q];
+      PK_UNROLL for (int q = 0; q < 2 * step; ++q) out[2 * k + q] = Multiply ? out[2 * k + q] * value[q] : value[q];
     }
   }
 }

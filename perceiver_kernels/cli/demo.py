@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     image = pixels[None] * 2 - 1
     providers = [PROVIDERS[provider] for provider in SHOWN]
     limit = arguments.memory_limit
-    whole = compare(case, "perceiver", providers, Effort(5.0, 3, limit), show, image)
-    layers = compare(case, "forward", providers, Effort(3.0, 3, limit, errors=False), show, image)
+    whole = compare(case, "perceiver", providers, Effort(4.0, 2, limit), show, image)
+    layers = compare(case, "forward", providers, Effort(2.0, 2, limit, errors=False), show, image)
     print(f"\n{table(whole, layers)}\n")
     return draw(arguments.out, case, pixels, whole, layers)
 

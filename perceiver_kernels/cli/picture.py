@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from perceiver_kernels.benchmarking.compare import PerceiverRun, Result
 from perceiver_kernels.benchmarking.plain import ExpertCrossAttention, PlainPerceiver, axis_tables, encode
 
 MAPS = 3
-MAP_PIXELS = 256  # per side: a map is looked at, so every pixel of a large photograph would be wasted
+# A map is only looked at: pixels and cells of its longer side, and latents whose weights are held at once.
+SEEN_PIXELS, MAP_CELLS, LATENTS_AT_ONCE = 1024, 96, 16
 OURS, OTHERS, INK = "#d1495b", "#9aa5b1", "#2f3542"
 
 
@@ -45,33 +47,39 @@ def show_images(figure: Any, case: Case, pixels: Tensor) -> None:
     extent = (-0.5, case.shape[1] - 0.5, case.shape[0] - 0.5, -0.5)
     for panel, (latent, weights) in zip(panels, attention_maps(case, pixels), strict=True):
         panel.imshow(grey, cmap="gray", vmin=-0.3, vmax=1.3)
-        panel.imshow(weights.numpy(), cmap="inferno", alpha=0.65, extent=extent)
-        scale = f"{weights.min():.2f} to {weights.max():.2f} of even"
-        panel.set_title(f"latent {latent}: {scale}", color=INK, fontsize=10)
+        panel.imshow(weights.numpy(), cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear")
+        title = f"latent {latent}: {weights.min():.1f} to {weights.max():.1f} x the mean weight"
+        panel.set_title(title, color=INK, fontsize=10)
     for panel in (photograph, *panels):
         panel.set_axis_off()
 
 
 def attention_maps(case: Case, pixels: Tensor) -> list[tuple[int, Tensor]]:
-    """Latents by number, with their attention weights over the photograph in units of the mean weight.
+    """Latents by number, each with the mean attention weight of every cell of pixels, in units of the overall mean.
 
-    Weights are those of the model that was measured, on every k-th pixel of a large photograph; they are nothing
-    but random, and shown are the latents whose weights vary most.
+    Weights are those of the model that was measured; of a large photograph they are taken at every k-th pixel. They
+    come of random parameters, so they mean nothing: shown are the latents whose maps vary most.
     """
     cross = ExpertCrossAttention(case)
     perceiver = PlainPerceiver(case, cross)
-    step = math.ceil(max(case.shape) / MAP_PIXELS)
-    image = (pixels[None] * 2 - 1)[:, ::step, ::step]
+    stride = math.ceil(max(case.shape) / SEEN_PIXELS)
+    image = (pixels[None] * 2 - 1)[:, ::stride, ::stride]
     PerceiverRun(perceiver, case, image)  # loads the weights
+    height, width = image.shape[1:3]
+    cell = math.ceil(max(height, width) / MAP_CELLS)
+    attention, head = cross.layer.fn, slice(0, case.head_dim)
     with torch.no_grad():
-        tokens = cross.layer.norm_context(encode(image, [table[::step] for table in axis_tables(case)]))
-        attention = cross.layer.fn
-        head = case.head_dim
-        queries = attention.to_q(cross.layer.norm(perceiver.latents))[:, :head]
-        keys = attention.to_kv(tokens)[0, :, :head]
-        weights = (queries @ keys.T * head**-0.5).softmax(dim=-1) * keys.shape[0]
-    chosen = weights.var(dim=-1).nan_to_num().topk(min(MAPS, len(weights))).indices.tolist()
-    return [(latent, weights[latent].view(image.shape[1:3])) for latent in chosen]
+        tokens = encode(image, [table[::stride] for table in axis_tables(case)])
+        keys = attention.to_kv(cross.layer.norm_context(tokens))[0, :, head]
+        queries = attention.to_q(cross.layer.norm(perceiver.latents))[:, head] * case.head_dim**-0.5
+        maps = []
+        for block in queries.split(LATENTS_AT_ONCE):
+            weights = (block @ keys.T).softmax(dim=-1) * len(keys)
+            weights = weights.unflatten(-1, (height, width))
+            maps.append(F.adaptive_avg_pool2d(weights, (math.ceil(height / cell), math.ceil(width / cell))))
+    cells = torch.cat(maps)
+    chosen = cells.flatten(1).std(dim=-1, correction=0).topk(min(MAPS, len(cells))).indices.tolist()
+    return [(latent, cells[latent]) for latent in chosen]
 
 
 def show_bars(panel: Any, title: str, results: list[Result], values: list[float | None], show: Any) -> None:
