@@ -1,4 +1,4 @@
-"""Builds perceiver_kernels._cpu without torch: every kernel file once per instruction set, with ninja, linked into one module."""
+"""Builds perceiver_kernels._cpu without torch: each kernel file once per instruction set, by ninja, into one module."""
 
 from __future__ import annotations
 
@@ -29,7 +29,17 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     )
 
-FLAGS = ["-std=c++17", "-O2", "-fvect-cost-model=dynamic", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=fast", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fvect-cost-model=dynamic",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+]
 
 
 class BuildWithNinja(build_ext):

@@ -38,12 +38,10 @@ TensorList views(const py::handle& described) {
 }
 
 pk::SeparableInputs separable_inputs(const py::tuple& inputs, const py::tuple& dropout) {
-  return {view(inputs[0]),
-          views(inputs[1]),
-          view(inputs[2]),
-          view(inputs[3]),
-          view(inputs[4]),
-          {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
+  return {
+      view(inputs[0]), views(inputs[1]),
+      view(inputs[2]), view(inputs[3]),
+      view(inputs[4]), {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
 }
 
 pk::SeparableOutputs separable_outputs(const py::tuple& outputs) {
@@ -64,37 +62,47 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of perceiver_kernels; call them through perceiver_kernels.ops.";
   pk::cpu_ops();  // an unusable PERCEIVER_KERNELS_CPU_ISA is an error of the import, not of the first call
 
-  module.def("separable_attention_fwd", [](const py::tuple& inputs, const py::tuple& dropout, const py::tuple& outputs, int threads) {
-    const auto in = separable_inputs(inputs, dropout);
-    const auto out = separable_outputs(outputs);
-    run(threads, [&] { pk::cpu_ops().separable_attention_fwd(in, out); });
-  });
+  module.def("separable_attention_fwd",
+             [](const py::tuple& inputs, const py::tuple& dropout, const py::tuple& outputs, int threads) {
+               const auto in = separable_inputs(inputs, dropout);
+               const auto out = separable_outputs(outputs);
+               run(threads, [&] { pk::cpu_ops().separable_attention_fwd(in, out); });
+             });
   module.def("separable_attention_bwd", [](const py::tuple& inputs, const py::tuple& dropout, const py::tuple& saved,
                                            const py::tuple& upstream, const py::tuple& gradients, int threads) {
     const auto in = separable_inputs(inputs, dropout);
     const auto out = separable_outputs(saved);
     const auto up = separable_outputs(upstream);
-    const pk::SeparableGradients result{view(gradients[0]), views(gradients[1]), view(gradients[2]), view(gradients[3])};
+    const pk::SeparableGradients result{view(gradients[0]), views(gradients[1]), view(gradients[2]),
+                                        view(gradients[3])};
     run(threads, [&] { pk::cpu_ops().separable_attention_bwd(in, out, up, result); });
   });
-  module.def("separable_layer_norm", [](const py::handle& x, const py::handle& sums, const py::handle& squares, const py::handle& scale,
-                                        const py::handle& shift, int64_t feature_channels, double eps, const py::handle& r, int threads) {
-    const auto x_view = view(x), scale_view = view(scale), shift_view = view(shift), r_view = view(r);
-    const auto sums_views = views(sums), squares_views = views(squares);
-    run(threads, [&] {
-      pk::cpu_ops().separable_layer_norm(x_view, sums_views, squares_views, scale_view, shift_view, feature_channels, eps, r_view);
-    });
-  });
+  module.def("separable_layer_norm",
+             [](const py::handle& x, const py::handle& sums, const py::handle& squares, const py::handle& scale,
+                const py::handle& shift, int64_t feature_channels, double eps, const py::handle& r, int threads) {
+               const auto x_view = view(x), scale_view = view(scale), shift_view = view(shift), r_view = view(r);
+               const auto sums_views = views(sums), squares_views = views(squares);
+               run(threads, [&] {
+                 pk::cpu_ops().separable_layer_norm(x_view, sums_views, squares_views, scale_view, shift_view,
+                                                    feature_channels, eps, r_view);
+               });
+             });
 
   module.def("isa", [] { return std::string(pk::cpu_ops().name); }, "Instruction set in use.");
-  module.def("isa_levels", [] {
-    std::vector<std::string> names;
-    for (const char* name : pk::cpu_levels()) names.emplace_back(name);
-    return names;
-  }, "Instruction sets that this build has and this processor runs, from the plainest to the best.");
+  module.def(
+      "isa_levels",
+      [] {
+        std::vector<std::string> names;
+        for (const char* name : pk::cpu_levels()) names.emplace_back(name);
+        return names;
+      },
+      "Instruction sets that this build has and this processor runs, from the plainest to the best.");
   module.def("threading", [] { return std::string(pk::threading()); }, "Thread pool in use.");
-  module.def("exp_rate", [](double seconds) {
-    const py::gil_scoped_release unlocked;
-    return pk::cpu_ops().exp_rate(seconds);
-  }, py::arg("seconds") = 0.05, "Bare vector exponentials per second of one thread, operands in L1.");
+  module.def(
+      "exp_rate",
+      [](double seconds) {
+        const py::gil_scoped_release unlocked;
+        return pk::cpu_ops().exp_rate(seconds);
+      },
+      py::arg("seconds") = 0.05, "Bare vector exponentials per second of one thread, operands in L1.");
 }

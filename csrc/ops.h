@@ -12,7 +12,8 @@ struct Dropout {
   uint32_t offset = 0;
 };
 
-// Inputs of separable attention, math.md "The core operator". Absent r and mask are undefined views.
+// Inputs of separable attention, docs/separable_attention.md "The core operator". Absent r and mask are undefined
+// views.
 struct SeparableInputs {
   TensorView a;       // [B|1, R, c]
   TensorList tables;  // per axis [B|1, R, S_k]
@@ -31,10 +32,10 @@ struct SeparableOutputs {
 
 // Gradients of a and the tables keep the batch dimension B even where the inputs have batch 1: the caller sums.
 struct SeparableGradients {
-  TensorView a;        // [B, R, c]
-  TensorList tables;   // per axis [B, R, S_k]
-  TensorView x;        // [B, S_1, ..., S_A, c], undefined when not needed
-  TensorView r;        // [B, S_1, ..., S_A], undefined when not needed
+  TensorView a;       // [B, R, c]
+  TensorList tables;  // per axis [B, R, S_k]
+  TensorView x;       // [B, S_1, ..., S_A, c], undefined when not needed
+  TensorView r;       // [B, S_1, ..., S_A], undefined when not needed
 };
 
 struct FourierSpec {
@@ -46,10 +47,10 @@ struct CpuOps {
   const char* name;
   int vector_bytes;
   void (*separable_attention_fwd)(const SeparableInputs&, const SeparableOutputs&);
-  void (*separable_attention_bwd)(const SeparableInputs&, const SeparableOutputs& saved, const SeparableOutputs& upstream,
-                                  const SeparableGradients&);
-  // r = 1 / sqrt(variance of [scale * x + shift ; features] + eps), math.md "LayerNorm statistics are separable too".
-  // sums and squares: per axis [S_k], the sums of the features of a position and of their squares.
+  void (*separable_attention_bwd)(const SeparableInputs&, const SeparableOutputs& saved,
+                                  const SeparableOutputs& upstream, const SeparableGradients&);
+  // r = 1 / sqrt(variance of [scale * x + shift ; features] + eps), docs/separable_attention.md "LayerNorm statistics
+  // are separable too". sums and squares: per axis [S_k], the sums of the features of a position and of their squares.
   void (*separable_layer_norm)(const TensorView& x, const TensorList& sums, const TensorList& squares,
                                const TensorView& scale, const TensorView& shift, int64_t feature_channels, double eps,
                                const TensorView& r);

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: backends declare what they support as data, and the first that supports a call runs it."""
+"""Which backend runs a call, and why: backends declare what they support, and the first that can run a call does."""
 
 from __future__ import annotations
 

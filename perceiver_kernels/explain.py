@@ -14,8 +14,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> str:
     """Which backend would run this call, and each other backend's reasons why not.
 
     Args:
-        op: an op's function or name (pk.separable_attention or "separable_attention"), or a module of this library such as
-            pk.CrossAttention or pk.Perceiver, which explains the path of each of its layers and what each would cost.
+        op: an op's function or name (pk.separable_attention or "separable_attention"), or a module of this library such
+            as pk.CrossAttention or pk.Perceiver, which explains the path of each of its layers and its cost.
         args, kwargs: as the call would get them.
 
     Returns:
@@ -28,5 +28,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> str:
         return op.explain(*args, **kwargs)
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _EXPLANATIONS:
-        raise ValueError(f"op is {name!r}, must be one of {', '.join(sorted(_EXPLANATIONS))} or a module of this library")
+        raise ValueError(
+            f"op is {name!r}, must be one of {', '.join(sorted(_EXPLANATIONS))} or a module of this library"
+        )
     return _EXPLANATIONS[name](*args, **kwargs)

@@ -76,7 +76,7 @@ def rewritten(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"text has no block between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{markdown()}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Test-wide settings: fixed seeds, and uninitialised memory filled with NaN, so that an unwritten element fails a test."""
+"""Test-wide settings: fixed seeds, and uninitialised memory full of NaN, so that an unwritten element fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """With deterministic algorithms on, torch fills what torch.empty returns with NaN (floating) or the largest value."""
+    """With deterministic algorithms on, torch fills what torch.empty returns with NaN or the largest integer."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

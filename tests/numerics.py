@@ -1,4 +1,4 @@
-"""The one tolerance policy: a result may be at most so much worse than plain PyTorch in the same dtype, against float64."""
+"""The one tolerance policy: how much worse than plain PyTorch in the same dtype a result may be, against float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tolerance:
-    """factor: allowed ratio to the plain path's error; ulps: allowance in units of eps * scale; rms: cap on the relative RMS error."""
+    """factor: of the plain path's error; ulps: allowance in eps * scale; rms: cap on the relative RMS error."""
 
     factor: float
     ulps: float
@@ -21,7 +21,7 @@ class Tolerance:
 TOLERANCES = {
     # The truth is itself float64, so plain's error reads zero; scores of a few hundred multiply eps in both.
     torch.float64: Tolerance(2.0, 1024.0, 1e-11),
-    # Scores are kept in powers of two, which rounds a and the tables once more; cases with few tokens do not average it out.
+    # Scores are kept in powers of two, which rounds a and the tables once more; few tokens do not average it out.
     torch.float32: Tolerance(2.0, 32.0, 2e-5),
     torch.bfloat16: Tolerance(2.0, 2.0, 2e-2),
     torch.float16: Tolerance(2.0, 2.0, 4e-3),
@@ -41,24 +41,30 @@ def relative_rms(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).square().mean().sqrt().item() / norm if norm else error(value, truth)
 
 
-def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", amplification: float = 1.0) -> None:
+def assert_no_worse(
+    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", amplification: float = 1.0
+) -> None:
     """actual is finite where truth is, and its error is at most twice plain's plus a few units in the last place.
 
     Args:
         actual: the result under test.
         plain: the same computed by plain PyTorch in the same dtype.
         truth: the same in float64.
-        amplification: for cases whose scores reach into the thousands: a weight's relative error is eps times its score.
+        amplification: for scores in the thousands: a weight's relative error is eps times its score.
     """
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, must be {tuple(truth.shape)}"
     finite = truth.isfinite()
-    assert torch.equal(actual.isfinite(), finite), f"{name} is not finite where it must be, or finite where it must not be"
+    assert torch.equal(actual.isfinite(), finite), (
+        f"{name} is not finite where it must be, or finite where it must not be"
+    )
     actual, plain, truth = actual[finite], plain[finite], truth[finite]
     if not truth.numel():
         return
     tolerance = TOLERANCES[actual.dtype]
     scale = truth.abs().max().item()
-    bound = tolerance.factor * error(plain, truth) + tolerance.ulps * amplification * torch.finfo(actual.dtype).eps * scale
+    bound = (
+        tolerance.factor * error(plain, truth) + tolerance.ulps * amplification * torch.finfo(actual.dtype).eps * scale
+    )
     assert error(actual, truth) <= bound, f"{name}: error {error(actual, truth):.3g}, must be at most {bound:.3g}"
     cap = max(tolerance.rms * amplification, tolerance.factor * relative_rms(plain, truth))
     rms = relative_rms(actual, truth)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +28,8 @@ INSTALLED = [provider for provider in providers.PROVIDERS.values() if not provid
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "MODEL", SMALL)
+    monkeypatch.setattr(demo, "WHOLE_EFFORT", FAST)
+    monkeypatch.setattr(demo, "LAYER_EFFORT", FAST)
 
 
 @pytest.fixture
@@ -91,6 +95,13 @@ def test_env_reports_a_broken_section(monkeypatch, capsys):
     monkeypatch.setitem(env.SECTIONS, "peers", broken)
     assert main(["env"]) == 0
     assert "failed: RuntimeError: out of order" in capsys.readouterr().out
+
+
+def test_env_reports_an_unknown_instruction_set():
+    command = [sys.executable, "-m", "perceiver_kernels", "env"]
+    environment = os.environ | {"PERCEIVER_KERNELS_CPU_ISA": "abacus"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "failed: " in done.stdout and "abacus" in done.stdout
 
 
 # demo
@@ -249,6 +260,7 @@ def test_bench_writes_its_figures(monkeypatch, tmp_path, capsys):
     assert "| ours" in capsys.readouterr().out
     kept = json.loads(path.read_text())
     assert [result["provider"] for result in kept["results"]] == ["expert", "ours"]
+    assert kept["results"][0]["timing"]["median"] > 0
     assert kept["machine"]["torch"] == torch.__version__
 
 
@@ -261,6 +273,15 @@ def test_a_provider_that_fails_leaves_the_others(capsys):
     assert results[0].refused == "failed: RuntimeError: no such thing"
     assert results[1].timing
     assert "broken: failed" in compare.table(results, SMALL.pairs, None)
+
+
+def test_every_bar_is_measured(monkeypatch):
+    for name in CASES:
+        monkeypatch.setitem(CASES, name, SMALL)
+    monkeypatch.setattr(bars, "EXPERTS", ("expert",))
+    measured = list(bars.all_bars(bars.Recorder(FAST, lambda line: None)))
+    assert [bar.what for bar in measured if bar.value is None] == []
+    assert all(len(bars.row(bar)) == len(bars.HEADER) for bar in measured)
 
 
 def test_strict_bars(monkeypatch, capsys):

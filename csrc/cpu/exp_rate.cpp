@@ -18,7 +18,8 @@ double exp_rate(double seconds) {
   do {
     for (int round = 0; round < 64; ++round) {
       for (int i = 0; i < vectors; i += 4) {
-        PK_UNROLL for (int k = 0; k < 4; ++k) target[i + k] = source[i + k];
+        PK_UNROLL
+        for (int k = 0; k < 4; ++k) target[i + k] = source[i + k];
         exp2_in_range<float, 4>(target + i);
       }
       asm volatile("" : : "r"(target) : "memory");  // every round counts

@@ -1,22 +1,24 @@
-// Chooses the instruction set at load time: every kernel file is compiled once per level, this one for the plainest processor.
+// Chooses the instruction set at load time: every kernel file is compiled once per level, this one for the plainest
+// processor.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "../ops.h"
 
-#define PK_DECLARE_LEVEL(level)                                                                                              \
-  namespace level {                                                                                                          \
-  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                                             \
-  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&,                     \
-                               const SeparableGradients&);                                                                   \
-  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&, const TensorView&,   \
-                            int64_t, double, const TensorView&);                                                             \
-  void fourier_encode(const FourierSpec&, const TensorView&, const TensorView&);                                             \
-  double exp_rate(double);                                                                                                   \
-  constexpr CpuOps ops(const char* name, int vector_bytes) {                                                                 \
-    return {name, vector_bytes, separable_attention_fwd, separable_attention_bwd, separable_layer_norm, fourier_encode, exp_rate}; \
-  }                                                                                                                          \
+#define PK_DECLARE_LEVEL(level)                                                                                   \
+  namespace level {                                                                                               \
+  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                                  \
+  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&,          \
+                               const SeparableGradients&);                                                        \
+  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&,           \
+                            const TensorView&, int64_t, double, const TensorView&);                               \
+  void fourier_encode(const FourierSpec&, const TensorView&, const TensorView&);                                  \
+  double exp_rate(double);                                                                                        \
+  constexpr CpuOps ops(const char* name, int vector_bytes) {                                                      \
+    return {name,           vector_bytes, separable_attention_fwd, separable_attention_bwd, separable_layer_norm, \
+            fourier_encode, exp_rate};                                                                            \
+  }                                                                                                               \
   }
 
 namespace pk {
@@ -57,7 +59,8 @@ const CpuOps& choose() {
     if (!forced || !*forced || std::string(forced) == level.ops.name) best = &level.ops;
   }
   if (!best) {
-    throw std::invalid_argument(std::string("PERCEIVER_KERNELS_CPU_ISA is '") + forced + "', but this processor runs: " + names);
+    throw std::invalid_argument(std::string("PERCEIVER_KERNELS_CPU_ISA is '") + forced +
+                                "', but this processor runs: " + names);
   }
   return *best;
 }

@@ -66,7 +66,8 @@ struct Runtime {
 };
 
 #if defined(__linux__)
-// torch's wheels load their OpenMP runtime under a mangled file name and not always globally: look through what is loaded.
+// torch's wheels load their OpenMP runtime under a mangled file name and not always globally: look through what is
+// loaded.
 int find_openmp(dl_phdr_info* info, size_t, void* found) {
   const char* name = info->dlpi_name ? info->dlpi_name : "";
   if (!std::strstr(name, "libgomp") && !std::strstr(name, "libiomp5") && !std::strstr(name, "libomp")) return 0;

@@ -1,7 +1,8 @@
-// Philox 4x32-10 (Salmon et al. 2011): attention dropout decided by counters, the same in forward, backward and every backend.
+// Philox 4x32-10 (Salmon et al. 2011): attention dropout decided by counters, the same in forward, backward and every
+// backend.
 //
-// Word (token mod 4) of counter (token / 4, row, batch, offset) under key (seed low, seed high) belongs to (batch, row, token);
-// the weight is dropped where the word is below p * 2^32.
+// Word (token mod 4) of counter (token / 4, row, batch, offset) under key (seed low, seed high) belongs to (batch, row,
+// token); the weight is dropped where the word is below p * 2^32.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 namespace pk {
 namespace {
 
-inline void philox(uint32_t (&counter)[4], uint64_t seed) {
+inline void philox(uint32_t* counter, uint64_t seed) {
   uint32_t key_0 = static_cast<uint32_t>(seed), key_1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t product_0 = uint64_t{0xD2511F53} * counter[0];
@@ -27,18 +28,38 @@ inline void philox(uint32_t (&counter)[4], uint64_t seed) {
   }
 }
 
-// keep[row] = 0 or 1 / (1 - p) for `rows` rows from first_row on, for one token.
-template <class T>
-inline void dropout_scales(const Dropout& dropout, int64_t batch_index, int64_t first_row, int64_t token, int rows, T* keep) {
-  const uint64_t threshold = static_cast<uint64_t>(dropout.p * 4294967296.0);
-  const T kept = static_cast<T>(1.0 / (1.0 - dropout.p));
-  for (int i = 0; i < rows; ++i) {
-    uint32_t words[4] = {static_cast<uint32_t>(token >> 2), static_cast<uint32_t>(first_row + i),
-                         static_cast<uint32_t>(batch_index), dropout.offset};
-    philox(words, dropout.seed);
-    keep[i] = words[token & 3] < threshold ? T(0) : kept;
+// Scales of `width` rows from first_row on, token after token: 0 or 1 / (1 - p). Four tokens share one counter.
+template <class T, int width>
+class DropoutScales {
+ public:
+  DropoutScales(const Dropout& dropout, int64_t batch_index, int64_t first_row)
+      : dropout_(dropout),
+        threshold_(static_cast<uint64_t>(dropout.p * 4294967296.0)),
+        kept_(static_cast<T>(1.0 / (1.0 - dropout.p))),
+        batch_index_(static_cast<uint32_t>(batch_index)),
+        first_row_(static_cast<uint32_t>(first_row)) {}
+
+  void of_token(int64_t token, T* keep) {
+    if (token >> 2 != quad_) {
+      quad_ = token >> 2;
+      for (uint32_t i = 0; i < width; ++i) {
+        uint32_t* words = words_[i];
+        words[0] = static_cast<uint32_t>(quad_), words[1] = first_row_ + i, words[2] = batch_index_,
+        words[3] = dropout_.offset;
+        philox(words, dropout_.seed);
+      }
+    }
+    for (int i = 0; i < width; ++i) keep[i] = words_[i][token & 3] < threshold_ ? T(0) : kept_;
   }
-}
+
+ private:
+  const Dropout& dropout_;
+  uint64_t threshold_;
+  T kept_;
+  uint32_t batch_index_, first_row_;
+  int64_t quad_ = -1;
+  uint32_t words_[width][4];
+};
 
 }  // namespace
 }  // namespace pk

@@ -1,6 +1,7 @@
-// Separable cross-attention on the CPU: the core operator of math.md and its backward. Compiled once per instruction set.
-#include "separable_forms.h"
+// Separable cross-attention on the CPU: the core operator of docs/separable_attention.md and its backward. Compiled
+// once per instruction set.
 #include "philox.h"
+#include "separable_forms.h"
 
 namespace pk {
 namespace {
@@ -78,8 +79,9 @@ struct ScoreForm {
 
 // Everything backward needs of one group of rows.
 //
-// The weights are recomputed as 2^(score - reference), where reference is log2(e) * lse rounded to T; the rest of lse, a factor
-// near 1 per row, goes into the upstream form and delta ("correction"), so that rounding a large lse costs no accuracy.
+// The weights are recomputed as 2^(score - reference), where reference is log2(e) * lse rounded to T; the rest of lse,
+// a factor near 1 per row, goes into the upstream form and delta ("correction"), so that rounding a large lse costs no
+// accuracy.
 template <class T>
 struct BackwardGroup {
   ScoreForm<T> score;
@@ -90,18 +92,21 @@ struct BackwardGroup {
   static BackwardGroup at(T* memory, const Geometry& g) {
     T* upstream = memory + ScoreForm<T>::entries(g) * group_rows<T>;
     T* tail = upstream + Form<T>::entries(g) * group_rows<T>;
-    return {ScoreForm<T>::at(memory, g), Form<T>::at(upstream, g), tail, tail + group_rows<T>, tail + 2 * group_rows<T>};
+    return {ScoreForm<T>::at(memory, g), Form<T>::at(upstream, g), tail, tail + group_rows<T>,
+            tail + 2 * group_rows<T>};
   }
 
-  void load_rows(const SeparableInputs& in, const SeparableOutputs& saved, const SeparableOutputs& gradient, const Geometry& g,
-                 int64_t batch_index, int64_t first_row) {
+  void load_rows(const SeparableInputs& in, const SeparableOutputs& saved, const SeparableOutputs& gradient,
+                 const Geometry& g, int64_t batch_index, int64_t first_row) {
     const int64_t rows = std::min<int64_t>(group_rows<T>, g.rows - first_row);
     score.load_rows(in, g, batch_index, first_row);
     const auto scalar = [&](const TensorView& view, int64_t i, auto type) {
-      return static_cast<double>(view.as<decltype(type)>()[batch_index * view.stride(0) + (first_row + i) * view.stride(1)]);
+      return static_cast<double>(
+          view.as<decltype(type)>()[batch_index * view.stride(0) + (first_row + i) * view.stride(1)]);
     };
     double sums[group_rows<T>] = {};
-    row_dots<T>(sums, RowsView<T>(gradient.acc, batch_index, first_row), RowsView<T>(saved.acc, batch_index, first_row), rows);
+    row_dots<T>(sums, RowsView<T>(gradient.acc, batch_index, first_row), RowsView<T>(saved.acc, batch_index, first_row),
+                rows);
     for (size_t k = 0; k < saved.marginals.size(); ++k) {
       row_dots<T>(sums, RowsView<T>(gradient.marginals[k], batch_index, first_row),
                   RowsView<T>(saved.marginals[k], batch_index, first_row), rows);
@@ -146,7 +151,8 @@ inline void add_outer(const Form<T>& form, const Geometry& g, const int64_t* ind
 
 // Bounds of the score over one tile row, by interval arithmetic. NaN wherever anything is not finite.
 template <class T>
-inline void score_bounds(const ScoreForm<T>& score, const Tile<T>& tile, int64_t o, const Vec<T>* outer, Vec<T>* low, Vec<T>* high) {
+inline void score_bounds(const ScoreForm<T>& score, const Tile<T>& tile, int64_t o, const Vec<T>* outer, Vec<T>* low,
+                         Vec<T>* high) {
   const T* smallest = tile.row_extent(o);
   const T* largest = smallest + tile.channels + 1;
   for (int v = 0; v < kRowVectors; ++v) {
@@ -193,7 +199,8 @@ inline void exp2_block(Vec<T>* values, int count, bool in_range) {
   }
 }
 
-// What is done with one outer position of a tile for one group of rows; C is the channel count where it is small, else 0.
+// What is done with one outer position of a tile for one group of rows; C is the channel count where it is small, else
+// 0.
 template <class T, int C, bool Indexed>
 struct Rows {
   static constexpr int kChannels = C, lanes = Simd<T>::lanes, width = group_rows<T>;
@@ -220,26 +227,28 @@ struct Rows {
   }
 
   template <bool Multiply = false>
-  void evaluate_block(const Block& b, const Form<T>& form, const Vec<T>* outer, const Vec<T>* constant, Vec<T>* out) const {
-    evaluate<T, C, Indexed, Multiply>(b.tokens, b.index, b.count, g.channels, form.channels, form.column + b.column_offset, outer, constant, out);
+  void evaluate_block(const Block& b, const Form<T>& form, const Vec<T>* outer, const Vec<T>* constant,
+                      Vec<T>* out) const {
+    evaluate<T, C, Indexed, Multiply>(b.tokens, b.index, b.count, g.channels, form.channels,
+                                      form.column + b.column_offset, outer, constant, out);
   }
 
   void dropout_block(const Block& b, int64_t first_token, T* keep) const {
-    for (int k = 0; k < b.count; ++k) {
-      const int64_t token = first_token + (Indexed ? b.index[k] : k);
-      dropout_scales(in.dropout, batch_index, first_row, token, width, keep + k * width);
-    }
+    DropoutScales<T, width> scales(in.dropout, batch_index, first_row);
+    for (int k = 0; k < b.count; ++k) scales.of_token(first_token + (Indexed ? b.index[k] : k), keep + k * width);
   }
 
   // Raises the reference to the exact maximum of this tile row where that is larger; everything summed so far follows.
-  void raise_reference(const ScoreForm<T>& score, SoftmaxState<T>& state, const Tile<T>& tile, int64_t o, const Vec<T>* outer) const {
+  void raise_reference(const ScoreForm<T>& score, SoftmaxState<T>& state, const Tile<T>& tile, int64_t o,
+                       const Vec<T>* outer) const {
     Vec<T> scores[kBlockTokens * kRowVectors + 8], factor[kRowVectors];
     const Vec<T> zero[kRowVectors] = {};
     Vec<T> reference[kRowVectors] = {load(state.reference), load(state.reference + lanes)};
     const Vec<T> before[kRowVectors] = {reference[0], reference[1]};
     for_each_block(tile, o, [&](const Block& b, int64_t) {
       evaluate_block(b, score.form, outer, zero, scores);
-      for (int k = 0; k < b.count * kRowVectors; ++k) reference[k % kRowVectors] = larger<T>(scores[k], reference[k % kRowVectors]);
+      for (int k = 0; k < b.count * kRowVectors; ++k)
+        reference[k % kRowVectors] = larger<T>(scores[k], reference[k % kRowVectors]);
     });
     for (int v = 0; v < kRowVectors; ++v) {
       // A row that has seen nothing yet has sums of zero; -inf - -inf would make them NaN.
@@ -281,8 +290,8 @@ struct Rows {
           weights[k] *= load(keep + k * lanes);
         }
       }
-      accumulate<T, C, Indexed, true>(b.tokens, b.index, b.count, g.channels, weights, sums.data, state.weighted.column + b.column_offset,
-                                      outer_weight, kept);
+      accumulate<T, C, Indexed, true>(b.tokens, b.index, b.count, g.channels, weights, sums.data,
+                                      state.weighted.column + b.column_offset, outer_weight, kept);
     });
     add_outer(state.weighted, g, index, outer_weight);
     sums.add_to(state.weighted.channels);
@@ -326,8 +335,8 @@ struct Rows {
       } else {
         evaluate_block<true>(b, row.upstream, upstream_outer, upstream_constant, p);
       }
-      accumulate<T, C, Indexed, false>(b.tokens, b.index, b.count, g.channels, p, sums.data, gradient.column + b.column_offset,
-                                       outer_gradient, unused);
+      accumulate<T, C, Indexed, false>(b.tokens, b.index, b.count, g.channels, p, sums.data,
+                                       gradient.column + b.column_offset, outer_gradient, unused);
     });
     add_outer(gradient, g, index, outer_gradient);
     sums.add_to(gradient.channels);
@@ -338,7 +347,9 @@ struct Rows {
     static constexpr int inline_channels = C ? C : 128;
     alignas(64) T data[inline_channels * width];
     int64_t channels;
-    explicit AlignedChannels(int64_t c) : channels(c) { std::memset(data, 0, sizeof(T) * static_cast<size_t>(c * width)); }
+    explicit AlignedChannels(int64_t c) : channels(c) {
+      std::memset(data, 0, sizeof(T) * static_cast<size_t>(c * width));
+    }
     void add_to(T* target) const {
       for (int64_t e = 0; e < channels * width; e += lanes) store<T>(target + e, load(target + e) + load(data + e));
     }
@@ -367,8 +378,8 @@ inline void with_channels(int64_t channels, bool indexed, const F& f) {
   }
 }
 
-// One share of the work: some groups of rows of one batch entry over a part of the tokens. The division into parts follows
-// from the shapes alone, so results do not depend on the number of threads.
+// One share of the work: some groups of rows of one batch entry over a part of the tokens. The division into parts
+// follows from the shapes alone, so results do not depend on the number of threads.
 struct WorkPlan {
   int64_t groups, groups_per_unit, group_units, splits;
 
@@ -377,7 +388,8 @@ struct WorkPlan {
     groups = ceil_div(g.rows, rows_per_group);
     const int64_t all = std::max<int64_t>(1, g.batch * groups);
     const int64_t divisible = g.outer > 1 ? g.outer : g.strips;
-    splits = std::min({ceil_div(enough_units, all), std::max<int64_t>(1, g.tokens() / least_tokens), std::max<int64_t>(1, divisible)});
+    splits = std::min({ceil_div(enough_units, all), std::max<int64_t>(1, g.tokens() / least_tokens),
+                       std::max<int64_t>(1, divisible)});
     // Packing tokens is shared by the groups of a unit; results do not depend on this number.
     const int64_t units = g.batch * splits == 1 ? num_threads() : 4 * num_threads();
     groups_per_unit = std::max<int64_t>(1, ceil_div(groups, ceil_div(units, std::max<int64_t>(1, g.batch * splits))));
@@ -387,7 +399,8 @@ struct WorkPlan {
 
 // Walks the tiles of split `split`, calling f(tile) with packed tokens.
 template <class T, int C, class F>
-void for_each_tile(const SeparableInputs& in, const Geometry& g, const WorkPlan& plan, int64_t batch_index, int64_t split, const F& f) {
+void for_each_tile(const SeparableInputs& in, const Geometry& g, const WorkPlan& plan, int64_t batch_index,
+                   int64_t split, const F& f) {
   const TileMemory<T> memory(g, in.mask.defined());
   const bool by_outer = g.outer > 1;
   const auto part = [&](int64_t count, int64_t i) { return count * i / plan.splits; };
@@ -416,11 +429,13 @@ void merge(SoftmaxState<T>& into, SoftmaxState<T>& from, const Geometry& g) {
   }
   into.scale(g, scale_into);
   from.scale(g, scale_from);
-  for (int64_t e = 0; e < (Form<T>::entries(g) + 2) * group_rows<T>; ++e) into.weighted.channels[e] += from.weighted.channels[e];
+  for (int64_t e = 0; e < (Form<T>::entries(g) + 2) * group_rows<T>; ++e)
+    into.weighted.channels[e] += from.weighted.channels[e];
 }
 
 template <class T>
-void write_outputs(const SoftmaxState<T>& state, const SeparableOutputs& out, int64_t batch_index, int64_t first_row, int64_t rows, bool dropout) {
+void write_outputs(const SoftmaxState<T>& state, const SeparableOutputs& out, int64_t batch_index, int64_t first_row,
+                   int64_t rows, bool dropout) {
   T factor[group_rows<T>];
   for (int64_t i = 0; i < group_rows<T>; ++i) factor[i] = state.sum[i] == 0 ? T(0) : T(1) / state.sum[i];
   for_each_part(state.weighted, out.acc, out.marginals, batch_index, first_row,
@@ -429,8 +444,9 @@ void write_outputs(const SoftmaxState<T>& state, const SeparableOutputs& out, in
   T* total = out.total.as<T>() + batch_index * out.total.stride(0) + first_row * out.total.stride(1);
   for (int64_t i = 0; i < rows; ++i) {
     const T sum = state.sum[i];
-    lse[i * out.lse.stride(1)] = sum == 0 ? -std::numeric_limits<double>::infinity()
-                                          : kLn2 * static_cast<double>(state.reference[i]) + std::log(static_cast<double>(sum));
+    lse[i * out.lse.stride(1)] =
+        sum == 0 ? -std::numeric_limits<double>::infinity()
+                 : kLn2 * static_cast<double>(state.reference[i]) + std::log(static_cast<double>(sum));
     total[i * out.total.stride(1)] = dropout ? state.kept[i] * factor[i] : (sum == 0 ? T(0) : T(1) + sum * 0);
   }
 }
@@ -439,7 +455,8 @@ template <class T>
 void forward(const SeparableInputs& in, const SeparableOutputs& out) {
   const Geometry g(in);
   const WorkPlan plan(g, group_rows<T>);
-  const int64_t state_size = SoftmaxState<T>::entries(g) * group_rows<T>, score_size = ScoreForm<T>::entries(g) * group_rows<T>;
+  const int64_t state_size = SoftmaxState<T>::entries(g) * group_rows<T>,
+                score_size = ScoreForm<T>::entries(g) * group_rows<T>;
   const bool shared = plan.splits > 1;
   const AlignedBuffer<T> shared_states(shared ? g.batch * plan.groups * plan.splits * state_size : 0);
 
@@ -448,11 +465,13 @@ void forward(const SeparableInputs& in, const SeparableOutputs& out) {
     parallel_for(g.batch * plan.group_units * plan.splits, [&](int64_t unit) {
       const int64_t split = unit % plan.splits, group_unit = unit / plan.splits % plan.group_units;
       const int64_t batch_index = unit / plan.splits / plan.group_units;
-      const int64_t first = group_unit * plan.groups_per_unit, count = std::min(plan.groups_per_unit, plan.groups - first);
+      const int64_t first = group_unit * plan.groups_per_unit,
+                    count = std::min(plan.groups_per_unit, plan.groups - first);
       const AlignedBuffer<T> scores(count * score_size), states(shared ? 0 : count * state_size);
       const auto state_memory = [&](int64_t i) {
-        return shared ? shared_states.get() + ((batch_index * plan.groups + first + i) * plan.splits + split) * state_size
-                      : states.get() + i * state_size;
+        return shared
+                   ? shared_states.get() + ((batch_index * plan.groups + first + i) * plan.splits + split) * state_size
+                   : states.get() + i * state_size;
       };
       for (int64_t i = 0; i < count; ++i) {
         ScoreForm<T>::at(scores.get() + i * score_size, g).load_rows(in, g, batch_index, (first + i) * group_rows<T>);
@@ -482,7 +501,8 @@ void forward(const SeparableInputs& in, const SeparableOutputs& out) {
       merge(state, other, g);
     }
     const int64_t first_row = i % plan.groups * group_rows<T>;
-    write_outputs(state, out, i / plan.groups, first_row, std::min<int64_t>(group_rows<T>, g.rows - first_row), in.dropout.p > 0);
+    write_outputs(state, out, i / plan.groups, first_row, std::min<int64_t>(group_rows<T>, g.rows - first_row),
+                  in.dropout.p > 0);
   });
 }
 
@@ -491,7 +511,8 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
                    const SeparableGradients& out) {
   const Geometry g(in);
   const WorkPlan plan(g, group_rows<T>);
-  const int64_t group_size = BackwardGroup<T>::entries(g) * group_rows<T>, sum_size = Form<T>::entries(g) * group_rows<T>;
+  const int64_t group_size = BackwardGroup<T>::entries(g) * group_rows<T>,
+                sum_size = Form<T>::entries(g) * group_rows<T>;
   const bool shared = plan.splits > 1;
   const AlignedBuffer<T> shared_sums(shared ? g.batch * plan.groups * plan.splits * sum_size : 0);
   T one[group_rows<T>];
@@ -507,7 +528,8 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
     parallel_for(g.batch * plan.group_units * plan.splits, [&](int64_t unit) {
       const int64_t split = unit % plan.splits, group_unit = unit / plan.splits % plan.group_units;
       const int64_t batch_index = unit / plan.splits / plan.group_units;
-      const int64_t first = group_unit * plan.groups_per_unit, count = std::min(plan.groups_per_unit, plan.groups - first);
+      const int64_t first = group_unit * plan.groups_per_unit,
+                    count = std::min(plan.groups_per_unit, plan.groups - first);
       const AlignedBuffer<T> groups(count * group_size), sums(shared ? 0 : count * sum_size);
       const auto sum_memory = [&](int64_t i) {
         return shared ? shared_sums.get() + ((batch_index * plan.groups + first + i) * plan.splits + split) * sum_size
@@ -526,7 +548,8 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
           for (int64_t o = tile.outer_begin; o < tile.outer_end; ++o) task.backward(group, gradient, tile, o);
         }
       });
-      for (int64_t i = 0; i < count && !shared; ++i) write(Form<T>::at(sum_memory(i), g), batch_index, (first + i) * group_rows<T>);
+      for (int64_t i = 0; i < count && !shared; ++i)
+        write(Form<T>::at(sum_memory(i), g), batch_index, (first + i) * group_rows<T>);
     });
   });
   if (!shared) return;
@@ -537,8 +560,8 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
   });
 }
 
-// Gradients of x and r: the same scores with the loops exchanged, every token summing over all rows. The tile is packed without
-// r, so that r = 0 keeps its gradient.
+// Gradients of x and r: the same scores with the loops exchanged, every token summing over all rows. The tile is packed
+// without r, so that r = 0 keeps its gradient.
 template <class T, bool Indexed>
 struct Tokens {
   static constexpr int lanes = Simd<T>::lanes, width = group_rows<T>;
@@ -549,7 +572,9 @@ struct Tokens {
   int64_t batch_index, o;
   int first, count;  // block of tokens within the tile row
 
-  int64_t column(int k) const { return g.strip_begin(tile.strip) + (Indexed ? tile.row_index(o)[first + k] : first + k); }
+  int64_t column(int k) const {
+    return g.strip_begin(tile.strip) + (Indexed ? tile.row_index(o)[first + k] : first + k);
+  }
 
   int64_t offset(const TensorView& view, int k) const {
     int64_t at[kMaxDims];
@@ -571,12 +596,13 @@ struct Tokens {
     outer_sum(group.upstream, g, index, upstream_outer);
     evaluate<T, 0, Indexed>(tokens, token_index, count, g.channels, group.score.form.channels,
                             group.score.form.column + table_offset, outer, zero, score);
-    evaluate<T, 0, Indexed>(tokens, token_index, count, g.channels, group.upstream.channels, group.upstream.column + table_offset,
-                            upstream_outer, zero, upstream);
+    evaluate<T, 0, Indexed>(tokens, token_index, count, g.channels, group.upstream.channels,
+                            group.upstream.column + table_offset, upstream_outer, zero, upstream);
     const bool dropout = in.dropout.p > 0;
+    DropoutScales<T, width> scales(in.dropout, batch_index, first_row);
     for (int k = 0; k < count; ++k) {
       alignas(64) T keep[width];
-      if (dropout) dropout_scales(in.dropout, batch_index, first_row, o * g.columns + column(k), width, keep);
+      if (dropout) scales.of_token(o * g.columns + column(k), keep);
       T* sum = sums + k * (g.channels + 2) * lanes;
       for (int v = 0; v < kRowVectors; ++v) {
         const Vec<T> s = score[kRowVectors * k + v], u = upstream[kRowVectors * k + v];
@@ -631,17 +657,20 @@ template <class T>
 void backward_tokens(const SeparableInputs& in, const SeparableOutputs& saved, const SeparableOutputs& upstream,
                      const SeparableGradients& out) {
   const Geometry g(in);
-  const int64_t group_count = ceil_div(g.rows, group_rows<T>), group_size = BackwardGroup<T>::entries(g) * group_rows<T>;
+  const int64_t group_count = ceil_div(g.rows, group_rows<T>),
+                group_size = BackwardGroup<T>::entries(g) * group_rows<T>;
   const AlignedBuffer<T> groups(group_count * group_size);
   for (int64_t batch_index = 0; batch_index < g.batch; ++batch_index) {
     parallel_for(group_count, [&](int64_t i) {
-      BackwardGroup<T>::at(groups.get() + i * group_size, g).load_rows(in, saved, upstream, g, batch_index, i * group_rows<T>);
+      BackwardGroup<T>::at(groups.get() + i * group_size, g)
+          .load_rows(in, saved, upstream, g, batch_index, i * group_rows<T>);
     });
     parallel_for(g.strips * g.outer, [&](int64_t unit) {
       const TileMemory<T> memory(g, in.mask.defined(), 1);
       const int64_t o = unit / g.strips;
       const Tile<T> tile = memory.tile(unit % g.strips, o, o + 1);
-      with_data_type(in.x.dtype, [&](auto type) { pack_tile<T, decltype(type), 0>(in, TensorView{}, g, batch_index, tile); });
+      with_data_type(in.x.dtype,
+                     [&](auto type) { pack_tile<T, decltype(type), 0>(in, TensorView{}, g, batch_index, tile); });
       for (int first = 0; first < tile.row_count(o); first += kBlockTokens) {
         const int count = std::min(kBlockTokens, tile.row_count(o) - first);
         if (in.mask.defined()) {

@@ -1,8 +1,10 @@
-// The pieces that the separable kernels are made of: the geometry of a call, linear forms over tokens, packed tiles of tokens.
+// The pieces that the separable kernels are made of: the geometry of a call, linear forms over tokens, packed tiles of
+// tokens.
 //
-// A "linear form" of a row is  f(m) = r_m * ( channels . x_m + sum_k table_k[m_k] ): the shape of the score, of the upstream
-// gradient and (as weighted sums) of every result, see math.md. Rows lie across vector lanes, kRowVectors vectors at a time
-// (a "group" of rows), so that no reduction ever crosses lanes; tokens are broadcast.
+// A "linear form" of a row is  f(m) = r_m * ( channels . x_m + sum_k table_k[m_k] ): the shape of the score, of the
+// upstream gradient and (as weighted sums) of every result, see docs/separable_attention.md. Rows lie across vector
+// lanes, kRowVectors vectors at a time (a "group" of rows), so that no reduction ever crosses lanes; tokens are
+// broadcast.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +25,7 @@ constexpr int kStripTokens = 128;        // columns of the last axis worked on t
 constexpr int64_t kTileBytes = 1 << 17;  // packed tokens that all row groups of a work unit reuse from L2
 
 template <class T>
-constexpr int group_rows = kRowVectors* Simd<T>::lanes;
+constexpr int group_rows = kRowVectors * Simd<T>::lanes;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -94,8 +96,8 @@ struct RowsView {
 };
 
 template <class T, class F>
-inline void for_each_part(const Form<T>& form, const TensorView& channels, const TensorList& tables, int64_t batch_index,
-                          int64_t first_row, const F& f) {
+inline void for_each_part(const Form<T>& form, const TensorView& channels, const TensorList& tables,
+                          int64_t batch_index, int64_t first_row, const F& f) {
   f(form.channels, RowsView<T>(channels, batch_index, first_row));
   T* outer = form.outer;
   const size_t axes = tables.size();
@@ -146,8 +148,8 @@ inline void row_dots(double* sum, const RowsView<T>& left, const RowsView<T>& ri
   }
 }
 
-// Tokens of a stretch of outer positions within one strip, converted, multiplied by r and packed as (r x_1 .. r x_c, r);
-// masked tokens are left out. Row `o - outer_begin` holds the tokens of outer position o.
+// Tokens of a stretch of outer positions within one strip, converted, multiplied by r and packed as (r x_1 .. r x_c,
+// r); masked tokens are left out. Row `o - outer_begin` holds the tokens of outer position o.
 template <class T>
 struct Tile {
   int64_t strip, outer_begin, outer_end;
@@ -171,8 +173,9 @@ class TileMemory {
   TileMemory(const Geometry& g, bool masked, int64_t most_rows = std::numeric_limits<int64_t>::max())
       : channels_(g.channels),
         width_(g.strip_width),
-        rows_(std::clamp<int64_t>(kTileBytes / (static_cast<int64_t>(sizeof(T)) * (g.channels + 1) * std::max<int64_t>(width_, 1)),
-                                  1, std::clamp<int64_t>(g.outer, 1, most_rows))),
+        rows_(std::clamp<int64_t>(
+            kTileBytes / (static_cast<int64_t>(sizeof(T)) * (g.channels + 1) * std::max<int64_t>(width_, 1)), 1,
+            std::clamp<int64_t>(g.outer, 1, most_rows))),
         tokens_(rows_ * width_ * (channels_ + 1)),
         index_(masked ? rows_ * width_ : 0),
         count_(rows_),
@@ -181,8 +184,8 @@ class TileMemory {
 
   int64_t rows() const { return rows_; }
   Tile<T> tile(int64_t strip, int64_t outer_begin, int64_t outer_end) const {
-    return {strip,          outer_begin,  outer_end, tokens_.get(), masked_ ? index_.get() : nullptr,
-            count_.get(),   extent_.get(), channels_, width_};
+    return {strip,        outer_begin,   outer_end, tokens_.get(), masked_ ? index_.get() : nullptr,
+            count_.get(), extent_.get(), channels_, width_};
   }
 
  private:
@@ -220,7 +223,8 @@ inline void find_extent(const T* tokens, int count, int64_t channels, T* extent)
 }
 
 template <class T, class X, int C>
-inline void pack_tile(const SeparableInputs& in, const TensorView& factor, const Geometry& g, int64_t batch_index, const Tile<T>& tile) {
+inline void pack_tile(const SeparableInputs& in, const TensorView& factor, const Geometry& g, int64_t batch_index,
+                      const Tile<T>& tile) {
   const int64_t channels = C ? C : g.channels;
   const int64_t x_step = in.x.stride(-2), channel_step = in.x.stride(-1);
   const int64_t r_step = factor.defined() ? factor.stride(-1) : 0;
@@ -232,7 +236,8 @@ inline void pack_tile(const SeparableInputs& in, const TensorView& factor, const
     g.outer_index(o, false, at);
     const X* x = in.x.as<const X>() + batch_index * in.x.stride(0) + first * x_step;
     const T* r = factor.defined() ? factor.as<const T>() + batch_index * factor.stride(0) + first * r_step : &one;
-    const uint8_t* mask = in.mask.defined() ? in.mask.as<const uint8_t>() + batch_index * in.mask.stride(0) + first * mask_step : nullptr;
+    const uint8_t* mask =
+        in.mask.defined() ? in.mask.as<const uint8_t>() + batch_index * in.mask.stride(0) + first * mask_step : nullptr;
     for (int64_t k = 0; k + 1 < g.axes; ++k) {
       x += at[k] * in.x.stride(static_cast<int>(k) + 1);
       if (factor.defined()) r += at[k] * factor.stride(static_cast<int>(k) + 1);
@@ -257,8 +262,8 @@ inline void pack_tile(const SeparableInputs& in, const TensorView& factor, const
   }
 }
 
-// out[k] = constant + form(token k), for the tokens of one outer position; with Multiply, out[k] is multiplied by that instead.
-// `column` starts at the strip, `outer` holds the sum of the outer tables there.
+// out[k] = constant + form(token k), for the tokens of one outer position; with Multiply, out[k] is multiplied by that
+// instead. `column` starts at the strip, `outer` holds the sum of the outer tables there.
 template <class T, int C, bool Indexed, bool Multiply = false>
 inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t channels, const T* coefficients,
                      const T* column, const Vec<T>* outer, const Vec<T>* constant, Vec<T>* out) {
@@ -266,7 +271,8 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
   const Vec<T> outer_0 = outer[0], outer_1 = outer[1], constant_0 = constant[0], constant_1 = constant[1];
   if constexpr (C > 0) {
     Vec<T> a_0[C], a_1[C];
-    PK_UNROLL for (int c = 0; c < C; ++c) {
+    PK_UNROLL
+    for (int c = 0; c < C; ++c) {
       a_0[c] = load(coefficients + c * width);
       a_1[c] = load(coefficients + c * width + lanes);
     }
@@ -277,7 +283,8 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
       Vec<T> factor = broadcast(token[C]);
       value_0 = value_0 * factor + constant_0;
       value_1 = value_1 * factor + constant_1;
-      PK_UNROLL for (int c = 0; c < C; ++c) {
+      PK_UNROLL
+      for (int c = 0; c < C; ++c) {
         factor = broadcast(token[c]);
         value_0 += a_0[c] * factor;
         value_1 += a_1[c] * factor;
@@ -290,7 +297,8 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
     for (int k = 0; k < count; k += step) {
       Vec<T> value[2 * step];
       const T* token[step];
-      PK_UNROLL for (int q = 0; q < step; ++q) {
+      PK_UNROLL
+      for (int q = 0; q < step; ++q) {
         const int at = k + q < count ? k + q : count - 1;
         token[q] = tokens + at * (channels + 1);
         const T* table = column + (Indexed ? index[at] : at) * width;
@@ -300,13 +308,15 @@ inline void evaluate(const T* tokens, const int32_t* index, int count, int64_t c
       }
       for (int64_t c = 0; c < channels; ++c) {
         const Vec<T> a_0 = load(coefficients + c * width), a_1 = load(coefficients + c * width + lanes);
-        PK_UNROLL for (int q = 0; q < step; ++q) {
+        PK_UNROLL
+        for (int q = 0; q < step; ++q) {
           const Vec<T> factor = broadcast(token[q][c]);
           value[2 * q] += a_0 * factor;
           value[2 * q + 1] += a_1 * factor;
         }
       }
-      PK_UNROLL for (int q = 0; q < 2 * step; ++q) out[2 * k + q] = Multiply ? out[2 * k + q] * value[q] : value[q];
+      PK_UNROLL
+      for (int q = 0; q < 2 * step; ++q) out[2 * k + q] = Multiply ? out[2 * k + q] * value[q] : value[q];
     }
   }
 }
@@ -318,7 +328,8 @@ inline void accumulate(const T* tokens, const int32_t* index, int count, int64_t
   constexpr int lanes = Simd<T>::lanes, width = group_rows<T>;
   Vec<T> outer_0 = outer[0], outer_1 = outer[1], plain_0 = plain[0], plain_1 = plain[1];
   Vec<T> sum_0[C ? C : 1], sum_1[C ? C : 1];
-  PK_UNROLL for (int c = 0; c < C; ++c) {
+  PK_UNROLL
+  for (int c = 0; c < C; ++c) {
     sum_0[c] = load(channel_sums + c * width);
     sum_1[c] = load(channel_sums + c * width + lanes);
   }
@@ -336,7 +347,8 @@ inline void accumulate(const T* tokens, const int32_t* index, int count, int64_t
     outer_1 += w_1;
     store<T>(table, load(table) + w_0);
     store<T>(table + lanes, load(table + lanes) + w_1);
-    PK_UNROLL for (int c = 0; c < C; ++c) {
+    PK_UNROLL
+    for (int c = 0; c < C; ++c) {
       factor = broadcast(token[c]);
       sum_0[c] += p_0 * factor;
       sum_1[c] += p_1 * factor;
@@ -344,7 +356,8 @@ inline void accumulate(const T* tokens, const int32_t* index, int count, int64_t
   }
   outer[0] = outer_0, outer[1] = outer_1;
   if constexpr (Plain) plain[0] = plain_0, plain[1] = plain_1;
-  PK_UNROLL for (int c = 0; c < C; ++c) {
+  PK_UNROLL
+  for (int c = 0; c < C; ++c) {
     store<T>(channel_sums + c * width, sum_0[c]);
     store<T>(channel_sums + c * width + lanes, sum_1[c]);
   }
@@ -352,14 +365,16 @@ inline void accumulate(const T* tokens, const int32_t* index, int count, int64_t
     constexpr int step = 4;  // channels at a time: 8 independent sums
     for (int64_t c = 0; c < channels; c += step) {
       Vec<T> sum[2 * step];
-      PK_UNROLL for (int q = 0; q < step; ++q) {
+      PK_UNROLL
+      for (int q = 0; q < step; ++q) {
         const int64_t at = std::min(c + q, channels - 1);
         sum[2 * q] = load(channel_sums + at * width);
         sum[2 * q + 1] = load(channel_sums + at * width + lanes);
       }
       for (int k = 0; k < count; ++k) {
         const T* token = tokens + k * (channels + 1) + c;
-        PK_UNROLL for (int q = 0; q < step; ++q) {
+        PK_UNROLL
+        for (int q = 0; q < step; ++q) {
           const Vec<T> factor = broadcast(token[c + q < channels ? q : 0]);
           sum[2 * q] += weight[2 * k] * factor;
           sum[2 * q + 1] += weight[2 * k + 1] * factor;

@@ -1,8 +1,8 @@
 // LayerNorm's reciprocal standard deviation of tokens [x ; features] that are never built: r of separable attention.
 #include <cmath>
 
-#include "aligned_buffer.h"
 #include "../ops.h"
+#include "aligned_buffer.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -58,13 +58,15 @@ struct Statistics {
       }
       for (int64_t j = 0; j < count; ++j) {
         mean[j] /= width;
-        variance[j] = outer_squares + column_squares[first + j] - 2 * mean[j] * (outer_sum + column_sums[first + j]) + features * mean[j] * mean[j];
+        variance[j] = outer_squares + column_squares[first + j] - 2 * mean[j] * (outer_sum + column_sums[first + j]) +
+                      features * mean[j] * mean[j];
       }
       for (int64_t c = 0; c < channels; ++c) {
         const T* plane = planes.get() + c * block;
         for (int64_t j = 0; j < count; ++j) variance[j] += (plane[j] - mean[j]) * (plane[j] - mean[j]);
       }
-      for (int64_t j = 0; j < count; ++j) target[(first + j) * r.stride(axes)] = T(1) / std::sqrt(variance[j] / width + eps);
+      for (int64_t j = 0; j < count; ++j)
+        target[(first + j) * r.stride(axes)] = T(1) / std::sqrt(variance[j] / width + eps);
     }
   }
 };
@@ -89,8 +91,9 @@ void run(const Statistics<T>& statistics) {
 
 namespace PK_LEVEL {
 
-void separable_layer_norm(const TensorView& x, const TensorList& sums, const TensorList& squares, const TensorView& scale,
-                          const TensorView& shift, int64_t feature_channels, double eps, const TensorView& r) {
+void separable_layer_norm(const TensorView& x, const TensorList& sums, const TensorList& squares,
+                          const TensorView& scale, const TensorView& shift, int64_t feature_channels, double eps,
+                          const TensorView& r) {
   if (r.dtype == DType::float64) {
     run(Statistics<double>{x, sums, squares, scale, shift, feature_channels, eps, r});
   } else {

@@ -1,5 +1,5 @@
-// Vectors of the level being compiled, and exp2 on them. Included only by kernel files, which the build compiles once per
-// level with PK_LEVEL (the namespace) and PK_VECTOR_BYTES; everything here has internal linkage, so that no code
+// Vectors of the level being compiled, and exp2 on them. Included only by kernel files, which the build compiles once
+// per level with PK_LEVEL (the namespace) and PK_VECTOR_BYTES; everything here has internal linkage, so that no code
 // compiled for a newer processor can be linked into an older level.
 #pragma once
 
@@ -85,8 +85,7 @@ inline bool any(Int lanes) {
 }
 
 // Near-minimax polynomials of 2^f on [-1/2, 1/2]: relative error 9.1e-8 for float, 3.3e-18 for double; exactly 1 at 0.
-inline constexpr float kExp2Float[] = {1.0f,          0.693147004f,   0.240222424f,
-                                       0.0555073358f, 0.00967151299f, 0.00132647238f};
+inline constexpr float kExp2Float[] = {1.0f, 0.693147004f, 0.240222424f, 0.0555073358f, 0.00967151299f, 0.00132647238f};
 inline constexpr double kExp2Double[] = {
     1.0,
     0.6931471805599453254,
@@ -123,9 +122,12 @@ template <class T, int N>
 inline void exp2_in_range(Vec<T>* values) {
   using S = Simd<T>;
   Vec<T> f[N], n[N];
-  PK_UNROLL for (int k = 0; k < N; ++k) n[k] = values[k] + S::round_magic;
-  PK_UNROLL for (int k = 0; k < N; ++k) f[k] = values[k] - (n[k] - S::round_magic);
-  PK_UNROLL for (int k = 0; k < N; ++k) {
+  PK_UNROLL
+  for (int k = 0; k < N; ++k) n[k] = values[k] + S::round_magic;
+  PK_UNROLL
+  for (int k = 0; k < N; ++k) f[k] = values[k] - (n[k] - S::round_magic);
+  PK_UNROLL
+  for (int k = 0; k < N; ++k) {
     values[k] = (Vec<T>)((typename S::Int)exp2_polynomial<T>(f[k]) + ((typename S::Int)n[k] << S::mantissa_bits));
   }
 }
@@ -193,7 +195,7 @@ inline Float16 to_float16(float value) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
   if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds beyond the largest half
-  if (bits < 0x38800000) {                                               // subnormal: the addition rounds to even
+  if (bits < 0x38800000) {                                                // subnormal: the addition rounds to even
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;

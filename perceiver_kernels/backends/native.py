@@ -58,7 +58,9 @@ def _rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tenso
     return like.new_empty(batch, entries, rows).transpose(1, 2)
 
 
-def _described_state(state: State) -> tuple[Described | None, tuple[Described | None, ...], Described | None, Described | None]:
+def _described_state(
+    state: State,
+) -> tuple[Described | None, tuple[Described | None, ...], Described | None, Described | None]:
     acc, marginals, lse, total = state
     return describe(acc), describe_all(marginals), describe(lse), describe(total)
 
@@ -122,7 +124,10 @@ def separable_attention_bwd(
         torch.get_num_threads(),
     )
     if needs_rows and a.shape[0] == 1 and batch != 1:
-        d_a, d_tables = d_a.sum(0, keepdim=True), [d.transpose(1, 2).sum(0, keepdim=True).transpose(1, 2) for d in d_tables]
+        d_a, d_tables = (
+            d_a.sum(0, keepdim=True),
+            [d.transpose(1, 2).sum(0, keepdim=True).transpose(1, 2) for d in d_tables],
+        )
     return d_a, d_tables, d_x, d_r
 
 

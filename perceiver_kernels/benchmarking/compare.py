@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -279,3 +280,17 @@ def row(result: Result, timing: Timing, ours: Timing | None, pairs: int, exponen
         tables.rate(speed),
         f"{speed / exponentials:.1%}" if exponentials else "-",
     ]
+
+
+def record(result: Result) -> dict[str, Any]:
+    """A result as it is kept in a file: the summary of its timing, not every call."""
+    timing = result.timing
+    kept = dataclasses.asdict(dataclasses.replace(result, timing=None))
+    kept["timing"] = timing and {
+        "median": timing.median,
+        "p20": timing.quantile(0.2),
+        "p80": timing.quantile(0.8),
+        "rounds": len(timing.rounds),
+        "calls": sum(map(len, timing.rounds)),
+    }
+    return kept

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+import perceiver_kernels
+
 
 def describe() -> dict[str, Any]:
     """What a reader of a figure needs to know about the machine and the software; a failed probe becomes its value."""
@@ -26,7 +28,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "perceiver_kernels": probe(library_version),
+        "perceiver_kernels": perceiver_kernels.__version__,
         "commit": probe(git_commit),
     }
 
@@ -55,12 +57,6 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def library_version() -> str:
-    from importlib.metadata import version
-
-    return version("perceiver-kernels")
 
 
 def git_commit() -> str | None:

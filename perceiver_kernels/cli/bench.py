@@ -71,7 +71,7 @@ def measure_cases(
         for mode in arguments.modes:
             case = CASES[name]
             results = compare.compare(case, mode, providers, effort, show)
-            report["results"] += [dataclasses.asdict(result) for result in results]
+            report["results"] += [compare.record(result) for result in results]
             grid = " x ".join(map(str, case.shape))
             print(f"\n{name}: {case.what}; {grid} x {case.channels}, {case.num_latents} x {case.latent_dim}, {mode}\n")
             print(compare.table(results, case.pairs, rates["exponentials per second"]), flush=True)
@@ -83,7 +83,7 @@ def measure_bars(effort: compare.Effort, report: dict[str, Any]) -> int:
     recorder = bars.Recorder(effort, progress())
     measured = list(bars.all_bars(recorder))
     print(tables.markdown(bars.HEADER, [bars.row(bar) for bar in measured]))
-    report["results"] = [dataclasses.asdict(result) for result in recorder.results]
+    report["results"] = [compare.record(result) for result in recorder.results]
     report["bars"] = [bars.record(bar) for bar in measured]
     return sum(bar.passed is False for bar in measured)
 

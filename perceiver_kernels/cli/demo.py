@@ -17,6 +17,8 @@ from perceiver_kernels.cli.arguments import UserError, add_memory_limit, grid_si
 
 # perceiver-pytorch's usual model for images: 512 latents of 512, one cross head of 64, 64 bands; here of depth 1.
 MODEL = Case("photograph", "every pixel of a photograph", (224, 224), 64, 224.0, 3, 512, 512)
+WHOLE_EFFORT = Effort(budget=4.0, min_rounds=2)
+LAYER_EFFORT = Effort(budget=2.0, min_rounds=2, errors=False)
 SHOWN = ("perceiver-pytorch", "expert", "ours")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 HEADER = (
@@ -51,9 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
     show = progress()
     image = pixels[None] * 2 - 1
     providers = [PROVIDERS[provider] for provider in SHOWN]
-    limit = arguments.memory_limit
-    whole = compare(case, "perceiver", providers, Effort(4.0, 2, limit), show, image)
-    layers = compare(case, "forward", providers, Effort(2.0, 2, limit, errors=False), show, image)
+    whole_effort, layer_effort = (
+        dataclasses.replace(effort, memory_limit=arguments.memory_limit) for effort in (WHOLE_EFFORT, LAYER_EFFORT)
+    )
+    whole = compare(case, "perceiver", providers, whole_effort, show, image)
+    layers = compare(case, "forward", providers, layer_effort, show, image)
     print(f"\n{table(whole, layers)}\n")
     return draw(arguments.out, case, pixels, whole, layers)
 

@@ -2,7 +2,7 @@
 
 A token is z = [x ; features of its position on each axis]. Keys and values are linear in LayerNorm(z), so the per-axis
 feature tables are projected instead of the tokens: position_keys[k] = F_k W_K,k^T has one row per position of axis k,
-not one per token (math.md, "Folding LayerNorm and the K and V projections into the query").
+not one per token (docs/separable_attention.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, separable_attention
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
-# Cost of one exponential in multiply-adds, and the longest single axis for which a table of (rows, positions) is worth it.
+# Cost of one exponential in multiply-adds, and the longest single axis whose (rows, positions) table is worth it.
 EXPONENTIAL_COST = 10
 LONGEST_SINGLE_AXIS = 4096
 
@@ -47,7 +47,7 @@ def choose_path(
     context_channels: int,
     num_tokens: int,
 ) -> PathChoice:
-    """The cheapest path: "separable", "absorbed" (query absorbed into the context's channels, no keys or values) or "projected".
+    """The cheapest path: "separable", "absorbed" (query taken into the context's channels, no keys) or "projected".
 
     The cost model, per batch entry and (row, token) pair, an exponential counting as EXPONENTIAL_COST multiply-adds:
         separable   2 c + 2 A                      (c data channels, A axes)
@@ -111,9 +111,7 @@ def _projections(
         columns = folded[:, channels + index.to(weight.device)]
         positions.append((table @ columns.t()).unflatten(1, (2, heads, -1)).permute(1, 2, 0, 3))
     constants = (None, None) if constant is None else constant.chunk(2)
-    keys, values = (
-        _Projection(per_head[i, ..., :channels], [p[i] for p in positions], constants[i]) for i in range(2)
-    )
+    keys, values = (_Projection(per_head[i, ..., :channels], [p[i] for p in positions], constants[i]) for i in range(2))
     return keys, values
 
 
@@ -132,7 +130,7 @@ def separable_cross_attention(
     kv_bias: Tensor | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """softmax(scale * q K^T) V with K, V = kv_weight LayerNorm([data ; encoding]) + kv_bias, without the encoded array, K or V.
+    """softmax(scale * q K^T) V with K, V = kv_weight LayerNorm([data ; encoding]) + kv_bias, none of them built.
 
     Args:
         query: (batch or 1, queries, heads * head_dim), projected; batch 1 is not expanded.
@@ -146,9 +144,7 @@ def separable_cross_attention(
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
-        parameters = [
-            None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)
-        ]
+        parameters = [None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)]
         result = _separable(query.to(dtype), data, grid, mask, parameters, heads, scale, eps, dropout_p)
     return result.to(query.dtype)
 
@@ -171,9 +167,7 @@ def _separable(
     if eps is not None:
         sums, squares = grid.feature_sums(query.device, query.dtype)
         r = separable_layer_norm(x, sums, squares, feature_channels=grid.num_channels, eps=eps)
-    keys, values = _projections(
-        kv_weight, kv_bias, norm_weight, norm_bias, eps is not None, grid, heads, x.shape[-1]
-    )
+    keys, values = _projections(kv_weight, kv_bias, norm_weight, norm_bias, eps is not None, grid, heads, x.shape[-1])
     q = (scale * query).unflatten(2, (heads, -1)).transpose(1, 2)  # batch or 1, heads, queries, head_dim
     a = (q @ keys.data).flatten(1, 2)
     # (positions, queries) products leave the rows next to each other, as the kernels like them.
@@ -205,7 +199,7 @@ def absorbed_cross_attention(
     kv_bias: Tensor | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The same attention over a dense context, the key projection absorbed into the query, the value projection applied after.
+    """The same over a dense context: keys projected by way of the query, values after the attention.
 
     Args:
         context: (batch, M, C); the others as in separable_cross_attention.

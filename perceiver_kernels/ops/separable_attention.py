@@ -1,4 +1,4 @@
-"""Separable attention: the core operator of cross-attention to tokens on a grid, without an encoded array, keys or values."""
+"""Separable attention: the core of cross-attention to tokens on a grid, without encoded tokens, keys or values."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SeparableState:
     total: Tensor
 
     def merge(self, other: SeparableState) -> SeparableState:
-        """The state over the union of two disjoint token sets on the same grid (math.md, "Partial states merge").
+        """The state over the union of two disjoint token sets on the same grid (docs/separable_attention.md).
 
         Raises:
             ValueError: the states' shapes differ.
@@ -114,14 +114,14 @@ def separable_attention(
 
     Args:
         a: (batch or 1, rows, c), float32 or float64: this is the dtype of the computation. Batch 1 is not expanded.
-        tables: per grid axis, 1 to 4 of them, (batch or 1, rows, S_k), in a's dtype, any strides (rows contiguous is fastest).
+        tables: per grid axis, 1 to 4 of them, (batch or 1, rows, S_k), in a's dtype; best with rows contiguous.
         x: (batch, S_1, ..., S_A, c) or (batch, M, c) with M = S_1 * ... * S_A, any strides (channels first as a view);
             float32, float64, bfloat16, float16, or uint8 raw pixels. 1 to 128 channels.
         r: (batch, S_1, ..., S_A) or (batch, M), in a's dtype: a factor per token, such as LayerNorm's; None means 1.
         mask: bool, shaped as r: True = attend. A row with nothing to attend to gets zeros and zero gradients.
         dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones are divided by 1 - dropout_p.
         seed: of the dropout, from 0 to 2^63 - 1; by default drawn from torch's generator.
-        x_scale, x_shift: (c,) in a's dtype: x is read as x * x_scale + x_shift (normalisation of raw pixels), at no cost.
+        x_scale, x_shift: (c,) in a's dtype: x is read as x * x_scale + x_shift (raw pixels' normalisation), at no cost.
 
     Returns:
         SeparableState in a's dtype; marginals are views with rows contiguous.
@@ -248,9 +248,7 @@ def _same_batch(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _call(a: Tensor, tables: Sequence[Tensor], x: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
-    return dispatch.Call(
-        OP, a.device.type, a.dtype, x.dtype, len(tables), x.shape[-1], mask is not None, dropout_p > 0
-    )
+    return dispatch.Call(OP, a.device.type, a.dtype, x.dtype, len(tables), x.shape[-1], mask is not None, dropout_p > 0)
 
 
 def explain(
@@ -385,18 +383,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     )
 
 
-def _backward(
-    ctx: Any, d_acc: Tensor, d_marginals: list[Tensor], d_lse: Tensor, d_total: Tensor
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_acc: Tensor, d_marginals: list[Tensor], d_lse: Tensor, d_total: Tensor) -> tuple[Any, ...]:
     axes = ctx.axes
     a, *rest = ctx.saved_tensors
     tables, (x, r, mask, random, acc), rest = rest[:axes], rest[axes : axes + 5], rest[axes + 5 :]
     marginals, (lse, total) = rest[:axes], rest[axes:]
     upstream = [
         torch.zeros_like(value) if gradient is None else gradient
-        for value, gradient in zip(
-            (acc, *marginals, lse, total), (d_acc, *d_marginals, d_lse, d_total), strict=True
-        )
+        for value, gradient in zip((acc, *marginals, lse, total), (d_acc, *d_marginals, d_lse, d_total), strict=True)
     ]
     d_a, d_tables, d_x, d_r = torch.ops.perceiver_kernels.separable_attention_bwd(
         a, tables, x, r, mask, random, ctx.dropout_p, acc, marginals, lse, total,
@@ -414,6 +408,10 @@ def _backward(
     )
 
 
+def _no_second_derivatives(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("separable_attention has no second derivatives; use the formula in plain PyTorch for those")
+
+
 library.impl("separable_attention_fwd", _fwd, "CompositeExplicitAutograd")
 library.impl("separable_attention_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("perceiver_kernels::separable_attention_fwd", _fwd_fake, lib=library)
@@ -421,3 +419,4 @@ torch.library.register_fake("perceiver_kernels::separable_attention_bwd", _bwd_f
 torch.library.register_autograd(
     "perceiver_kernels::separable_attention_fwd", _backward, setup_context=_setup_context, lib=library
 )
+torch.library.register_autograd("perceiver_kernels::separable_attention_bwd", _no_second_derivatives, lib=library)

@@ -13,6 +13,7 @@ from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_layer_norm as reference
 
 OP = "separable_layer_norm"
+MAX_AXES = 4
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -24,12 +25,18 @@ dispatch.declare(
         devices=("cpu",),
         compute_dtypes=COMPUTE_DTYPES,
         data_dtypes=DATA_DTYPES,
+        axes=(1, MAX_AXES),
         unavailable=native.cpu_unavailable,
     )
 )
 dispatch.declare(
     dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES
+        OP,
+        "reference",
+        load=lambda: reference,
+        devices=("any",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DATA_DTYPES,
     )
 )
 
@@ -60,11 +67,13 @@ def separable_layer_norm(
     Raises:
         ValueError: x and sums disagree on the grid.
 
-    Source: math.md, "LayerNorm statistics are separable too" (docs/separable_attention.md); computed without cancellation.
+    Source: docs/separable_attention.md; computed without cancellation.
     """
     grid = tuple(s.shape[0] for s in sums)
     if tuple(x.shape[1:-1]) != grid:
-        raise ValueError(f"x has shape {tuple(x.shape)}, must be (batch, {', '.join(map(str, grid))}, channels) as sums say")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, must be (batch, {', '.join(map(str, grid))}, channels) as sums say"
+        )
     return torch.ops.perceiver_kernels.separable_layer_norm(
         x, list(sums), list(squares), x_scale, x_shift, feature_channels, eps
     )

@@ -1,1 +1,1 @@
-"""Pure PyTorch, one file per op: the executable specification. Runs everything, everywhere, without regard to memory."""
+"""Pure PyTorch, one file per op: the executable specification. Runs everything everywhere, memory permitting."""

@@ -28,12 +28,11 @@ def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     return counter
 
 
-def dropout_scales(
-    shape: torch.Size, dropout_p: float, seed: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def dropout_scales(shape: torch.Size, dropout_p: float, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(batch, rows, tokens): 0 where a weight is dropped, 1 / (1 - dropout_p) where it is kept.
 
-    Word (token mod 4) of counter (token / 4, row, batch, 0) belongs to (batch, row, token); below dropout_p * 2^32 it drops.
+    Word (token mod 4) of counter (token / 4, row, batch, 0) belongs to (batch, row, token); below dropout_p * 2^32 it
+    drops the weight.
     """
 
     batch, rows, tokens = shape

@@ -1,4 +1,4 @@
-"""Separable attention as its formulas stand (math.md, "The core operator" and "Backward"), the weights in full."""
+"""Separable attention as its formulas stand (docs/separable_attention.md), the weights in full."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def _sums(weights: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     grid = x.shape[1:-1]
     on_grid = weights.unflatten(2, grid)
     marginals = [
-        on_grid.sum([d + 2 for d in range(len(grid)) if d != k]) if len(grid) > 1 else on_grid
-        for k in range(len(grid))
+        on_grid.sum([d + 2 for d in range(len(grid)) if d != k]) if len(grid) > 1 else on_grid for k in range(len(grid))
     ]
     return weights @ x.flatten(1, -2), marginals
 
