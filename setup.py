@@ -62,6 +62,10 @@ def ninja_command() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
+def escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(target: Path) -> str:
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
@@ -81,15 +85,15 @@ def ninja_file(target: Path) -> str:
     objects = []
     for source in PLAIN:
         objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {source.resolve()}")
+        lines.append(f"build {objects[-1]}: compile {escaped(source.resolve())}")
     for level, (vector_bytes, level_flags) in LEVELS.items():
         for kernel in KERNELS:
             objects.append(f"{kernel}.{level}.o")
             lines += [
-                f"build {objects[-1]}: compile {(CPU / kernel).resolve()}.cpp",
+                f"build {objects[-1]}: compile {escaped((CPU / kernel).resolve())}.cpp",
                 f"  extra = -DPK_LEVEL={level} -DPK_VECTOR_BYTES={vector_bytes} {shlex.join(level_flags)}",
             ]
-    lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+    lines += [f"build {escaped(target)}: link {' '.join(objects)}", f"default {escaped(target)}", ""]
     return "\n".join(lines)
 
 

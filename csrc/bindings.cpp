@@ -88,6 +88,20 @@ PYBIND11_MODULE(_cpu, module) {
                });
              });
 
+  module.def("fourier_encode_grid", [](const py::handle& tables, const std::vector<int64_t>& sections,
+                                       const py::handle& data, const py::handle& out, int threads) {
+    const pk::FourierTables features{views(tables), sections};
+    const auto data_view = view(data), out_view = view(out);
+    run(threads, [&] { pk::cpu_ops().fourier_encode_grid(features, data_view, out_view); });
+  });
+  module.def("fourier_encode_points",
+             [](const py::handle& positions, const std::vector<double>& frequencies, bool grouped, bool concat_pos,
+                bool sine_only, const py::handle& out, int threads) {
+               const pk::FourierBands bands{frequencies, grouped, concat_pos, sine_only};
+               const auto positions_view = view(positions), out_view = view(out);
+               run(threads, [&] { pk::cpu_ops().fourier_encode_points(bands, positions_view, out_view); });
+             });
+
   module.def("isa", [] { return std::string(pk::cpu_ops().name); }, "Instruction set in use.");
   module.def(
       "isa_levels",

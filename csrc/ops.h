@@ -38,9 +38,17 @@ struct SeparableGradients {
   TensorView r;       // [B, S_1, ..., S_A], undefined when not needed
 };
 
-struct FourierSpec {
-  TensorList tables;             // per axis [S_k, e_k], float64
-  std::vector<int64_t> columns;  // for every table column, axis after axis: where it stands among the output's channels
+// Fourier features of a grid. Every table consists of column sections of these widths; the output has section after
+// section, and within a section axis after axis.
+struct FourierTables {
+  TensorList tables;  // per axis [S_k, sum of sections], in the dtype of the output, columns contiguous
+  std::vector<int64_t> sections;
+};
+
+// Fourier features of free positions: sin(pi f x), cos(pi f x), x; grouped: [x | sin | cos], each axis after axis.
+struct FourierBands {
+  std::vector<double> frequencies;  // f, axis after axis, as many for each
+  bool grouped = false, concat_pos = true, sine_only = false;
 };
 
 struct CpuOps {
@@ -54,7 +62,10 @@ struct CpuOps {
   void (*separable_layer_norm)(const TensorView& x, const TensorList& sums, const TensorList& squares,
                                const TensorView& scale, const TensorView& shift, int64_t feature_channels, double eps,
                                const TensorView& r);
-  void (*fourier_encode)(const FourierSpec&, const TensorView& data, const TensorView& out);
+  // out [B, S_1, ..., S_A, c + E]: data [B, S_1, ..., S_A, c], of the same dtype or undefined, then the features.
+  void (*fourier_encode_grid)(const FourierTables&, const TensorView& data, const TensorView& out);
+  // out [P, E] for positions [P, A]. Channels of out are contiguous in both.
+  void (*fourier_encode_points)(const FourierBands&, const TensorView& positions, const TensorView& out);
   double (*exp_rate)(double seconds);
 };
 

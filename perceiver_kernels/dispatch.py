@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -84,7 +83,6 @@ def _one_of(values: tuple[Any, ...]) -> str:
 
 _declarations: dict[str, list[Declaration]] = {}
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("perceiver_kernels_backend", default=None)
-_default: str | None = None
 
 
 def declare(declaration: Declaration) -> None:
@@ -105,7 +103,7 @@ def declarations(op: str | None = None) -> list[Declaration]:
 
 def current_backend() -> str:
     """The backend asked for: by use_backend(), else by PERCEIVER_KERNELS_BACKEND, else "auto"."""
-    return _chosen.get() or _default or _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+    return _chosen.get() or _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def _checked(name: str, argument: str) -> str:
@@ -114,8 +112,10 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
-def use_backend(name: str) -> AbstractContextManager[None]:
-    """Makes every op run on one backend: at once for the whole process, or, in a `with` statement, until its end.
+class use_backend:  # noqa: N801  a function to its users, and a context manager
+    """Makes every op run on one backend: from now on, or, in a `with` statement, until its end.
+
+    The choice belongs to the calling thread (its context); PERCEIVER_KERNELS_BACKEND is the default of all threads.
 
     Args:
         name: "auto" (the first that supports the call), "reference", "native", "triton" or "cuda".
@@ -123,20 +123,15 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     Raises:
         ValueError: no such name. A backend that cannot run a call raises BackendError at that call.
     """
-    global _default
-    previous, _default = _default, _checked(name, "name")
-    return _restored(previous, name)
 
+    def __init__(self, name: str) -> None:
+        self._before = _chosen.set(_checked(name, "name"))
 
-@contextmanager
-def _restored(previous: str | None, name: str) -> Iterator[None]:
-    global _default
-    _default = previous
-    token = _chosen.set(name)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        _chosen.reset(self._before)
 
 
 def select(call: Call) -> Declaration:

@@ -210,7 +210,6 @@ def _from_hexadecimal(field: Any) -> Any:
     return tuple(map(float.fromhex, field)) if isinstance(field, tuple) else field
 
 
-@torch.compiler.assume_constant_result
 def _traced_constants(
     fields: tuple[Any, ...], what: str, device: torch.device | str | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
@@ -220,6 +219,10 @@ def _traced_constants(
         shape, num_bands, _from_hexadecimal(max_freq), order, _from_hexadecimal(spacing), concat_pos, sine_only
     )
     return _looked_up(grid, what, device, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import all of torch._dynamo, a second or more.
+_traced_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _looked_up(

@@ -6,11 +6,13 @@
 #include <link.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -66,31 +68,34 @@ struct Runtime {
 };
 
 #if defined(__linux__)
-// torch's wheels load their OpenMP runtime under a mangled file name and not always globally: look through what is
-// loaded.
-int find_openmp(dl_phdr_info* info, size_t, void* found) {
+// Names of loaded libraries that look like an OpenMP runtime.
+int collect_openmp(dl_phdr_info* info, size_t, void* names) {
   const char* name = info->dlpi_name ? info->dlpi_name : "";
-  if (!std::strstr(name, "libgomp") && !std::strstr(name, "libiomp5") && !std::strstr(name, "libomp")) return 0;
-  void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-  if (!library) return 0;
-  if (!Runtime(library).usable()) return 0;
-  *static_cast<void**>(found) = library;
-  return 1;
+  for (const char* runtime : {"libgomp", "libiomp5", "libomp"}) {
+    if (std::strstr(name, runtime)) static_cast<std::vector<std::string>*>(names)->push_back(name);
+  }
+  return 0;
 }
+
+// torch's wheels load their OpenMP runtime under a mangled file name and not always globally: look through what is
+// loaded, first for the one beside torch.
+Runtime loaded_runtime() {
+  std::vector<std::string> names;
+  dl_iterate_phdr(collect_openmp, &names);
+  std::stable_partition(names.begin(), names.end(),
+                        [](const std::string& name) { return name.find("torch") != std::string::npos; });
+  for (const std::string& name : names) {
+    void* library = dlopen(name.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (library && Runtime(library).usable()) return Runtime(library);
+  }
+  return Runtime(RTLD_DEFAULT);
+}
+#else
+Runtime loaded_runtime() { return Runtime(RTLD_DEFAULT); }
 #endif
 
 const Runtime& runtime() {
-  static const Runtime instance = [] {
-    Runtime global(RTLD_DEFAULT);
-#if defined(__linux__)
-    if (!global.usable()) {
-      void* library = nullptr;
-      dl_iterate_phdr(find_openmp, &library);
-      if (library) return Runtime(library);
-    }
-#endif
-    return global;
-  }();
+  static const Runtime instance = loaded_runtime();
   return instance;
 }
 
@@ -176,7 +181,7 @@ void parallel_for(int64_t count, void (*body)(void*, int64_t), void* context) {
   } else if (runtime().has_gomp()) {
     runtime().gomp_parallel(gomp_entry, &job, static_cast<unsigned>(threads), 0);
   } else if (runtime().has_kmpc()) {
-    KmpcIdent location;
+    static KmpcIdent location;  // the runtime may keep its address
     runtime().kmpc_push_threads(&location, runtime().kmpc_thread(&location), threads);
     runtime().kmpc_fork_call(&location, 1, reinterpret_cast<void (*)(int*, int*, ...)>(kmpc_microtask), &job);
   } else {

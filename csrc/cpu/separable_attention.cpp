@@ -10,8 +10,8 @@ constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // The reference point of a row's exponentials may lag behind its largest score by this much (in powers of two): sums of
-// 2^60 stay far from overflow, and nothing is lost at the lower end that plain softmax would keep.
-constexpr double kLazyMargin = 60.0;
+// 2^32 times the data stay far from overflow, and nothing is lost at the lower end that plain softmax would keep.
+constexpr double kLazyMargin = 32.0;
 
 // State of the online softmax for one group of rows: sums of 2^(score - reference).
 template <class T>
@@ -270,7 +270,9 @@ struct Rows {
     for (int v = 0; v < kRowVectors; ++v) limit[v] = load(state.reference + v * lanes) + T(kLazyMargin);
     if (any_below<T>(limit, high)) raise_reference(score, state, tile, o, outer);
     for (int v = 0; v < kRowVectors; ++v) {
-      constant[v] = -load(state.reference + v * lanes);
+      // A row that has seen nothing but -inf has no reference yet: its weights are 2^-inf = 0, not 2^(-inf + inf).
+      const Vec<T> reference = load(state.reference + v * lanes);
+      constant[v] = reference == -std::numeric_limits<T>::infinity() ? Vec<T>{} : -reference;
       limit[v] = Simd<T>::min_exponent - constant[v];
     }
     if (all_below<T>(high, limit)) return;  // every weight would round to zero

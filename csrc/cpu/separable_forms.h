@@ -20,8 +20,9 @@ namespace pk {
 namespace {
 
 constexpr int kRowVectors = 2;
-constexpr int kBlockTokens = 56;         // tokens per round of the three inner loops: their scores stay in L1
-constexpr int kStripTokens = 128;        // columns of the last axis worked on together: their tables stay in L1
+constexpr int kBlockTokens = 64;  // tokens per round of the three inner loops: their scores stay in L1
+// Columns of the last axis worked on together: their tables take 16 KB and stay in L1.
+constexpr int kStripTokens = 16384 / (kRowVectors * PK_VECTOR_BYTES);
 constexpr int64_t kTileBytes = 1 << 17;  // packed tokens that all row groups of a work unit reuse from L2
 
 template <class T>

@@ -35,7 +35,7 @@ def cpu_unavailable() -> str | None:
     """Why the compiled CPU module cannot be used, or None where it can."""
     try:
         cpu_module()
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         return f"the compiled CPU module does not load: {error}"
     return None
 
@@ -54,7 +54,8 @@ def describe_all(tensors: Sequence[Tensor]) -> tuple[Described | None, ...]:
 State: TypeAlias = tuple[Tensor, list[Tensor], Tensor, Tensor]
 
 
-def _rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
+def rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
+    """An uninitialised (batch, rows, entries) tensor whose rows lie next to each other, as kernels write them."""
     return like.new_empty(batch, entries, rows).transpose(1, 2)
 
 
@@ -77,7 +78,7 @@ def separable_attention_fwd(
     """acc, marginals, lse (float64) and total of separable attention, by csrc/cpu/separable_attention.cpp."""
     batch, rows = x.shape[0], a.shape[1]
     acc = a.new_empty(batch, rows, a.shape[2])
-    marginals = [_rows_contiguous(a, batch, rows, table.shape[2]) for table in tables]
+    marginals = [rows_contiguous(a, batch, rows, table.shape[2]) for table in tables]
     lse = a.new_empty(batch, rows, dtype=torch.float64)
     total = a.new_empty(batch, rows)
     cpu_module().separable_attention_fwd(
@@ -105,11 +106,10 @@ def separable_attention_bwd(
     needs_rows, needs_x, needs_r = needs
     batch, rows = x.shape[0], a.shape[1]
     d_a = a.new_empty((batch, rows, a.shape[2]) if needs_rows else 0)
-    d_tables = [_rows_contiguous(a, batch, rows, t.shape[2]) if needs_rows else a.new_empty(0) for t in tables]
+    d_tables = [rows_contiguous(a, batch, rows, t.shape[2]) if needs_rows else a.new_empty(0) for t in tables]
     # Masked tokens are never visited: their gradients are the zeros of the allocation.
-    allocate = torch.empty if mask is None else torch.zeros
-    d_x = allocate(x.shape if needs_x else 0, dtype=x.dtype)
-    d_r = allocate(x.shape[:-1] if needs_r else 0, dtype=a.dtype)
+    d_x = (x.new_empty if mask is None else x.new_zeros)(x.shape if needs_x else 0)
+    d_r = (a.new_empty if mask is None else a.new_zeros)(x.shape[:-1] if needs_r else 0)
     cpu_module().separable_attention_bwd(
         (describe(a), describe_all(tables), describe(x), describe(r), describe(mask)),
         (dropout_p, seed, 0),
@@ -149,3 +149,20 @@ def separable_layer_norm_fwd(
         feature_channels, eps, describe(r), torch.get_num_threads(),
     )  # fmt: skip
     return r
+
+
+def fourier_encode_grid(tables: Sequence[Tensor], sections: Sequence[int], data: Tensor | None, out: Tensor) -> None:
+    """Fills out with [data | features], by csrc/cpu/fourier_encode.cpp."""
+    tables = [table.contiguous() for table in tables]
+    cpu_module().fourier_encode_grid(
+        describe_all(tables), sections, describe(data), describe(out), torch.get_num_threads()
+    )
+
+
+def fourier_encode_points(
+    positions: Tensor, frequencies: Sequence[float], grouped: bool, concat_pos: bool, sine_only: bool, out: Tensor
+) -> None:
+    """Fills out with the features of positions, by csrc/cpu/fourier_encode.cpp."""
+    cpu_module().fourier_encode_points(
+        describe(positions), frequencies, grouped, concat_pos, sine_only, describe(out), torch.get_num_threads()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,15 +136,15 @@ def separable_attention(
     Source: docs/separable_attention.md; the softmax is streamed as in Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     tables = tuple(tables)
-    x, r, mask = _checked(a, tables, x, r, mask, dropout_p, x_scale, x_shift)
+    x, r, mask = _checked(a, tables, x, r, mask, dropout_p, seed, x_scale, x_shift)
     random = None
     if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,)) if seed is None else torch.tensor([seed])
+        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
     if x_scale is None and x_shift is None:
         return _state(a, tables, x, r, mask, random, dropout_p)
     scale = a.new_ones(a.shape[2]) if x_scale is None else x_scale
     shift = a.new_zeros(a.shape[2]) if x_shift is None else x_shift
-    shifted = (tables[0] + (a @ shift)[..., None], *tables[1:])
+    shifted = (tables[0] + (a * shift).sum(-1, keepdim=True), *tables[1:])
     state = _state(a * scale, shifted, x, r, mask, random, dropout_p)
     weights = state.marginals[0].sum(-1, keepdim=True)
     return SeparableState(state.acc * scale + weights * shift, state.marginals, state.lse, state.total)
@@ -171,6 +172,7 @@ def _checked(
     r: Tensor | None,
     mask: Tensor | None,
     dropout_p: float,
+    seed: int | None,
     x_scale: Tensor | None,
     x_shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -190,7 +192,7 @@ def _checked(
                 f"shape {tuple(a.shape)}"
             )
     grid = tuple(table.shape[2] for table in tables)
-    tokens = _product(grid)
+    tokens = math.prod(grid)
     if tokens >= MAX_TOKENS:
         raise ValueError(f"tables span {tokens} tokens, must span fewer than {MAX_TOKENS}")
     x = _on_grid("x", x, grid, 1)
@@ -220,14 +222,9 @@ def _checked(
             raise ValueError(f"{name} is on {tensor.device}, must be on {a.device} as a is")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
     return x, r, mask
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _on_grid(name: str, tensor: Tensor, grid: tuple[int, ...], trailing: int) -> Tensor:
@@ -235,9 +232,9 @@ def _on_grid(name: str, tensor: Tensor, grid: tuple[int, ...], trailing: int) ->
     flat, full = 2 + trailing, 1 + len(grid) + trailing
     if tensor.dim() == full and tuple(tensor.shape[1 : 1 + len(grid)]) == grid:
         return tensor
-    if tensor.dim() != flat or tensor.shape[1] != _product(grid):
+    if tensor.dim() != flat or tensor.shape[1] != math.prod(grid):
         tail = ", channels" if trailing else ""
-        expected = f"(batch, {_product(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
+        expected = f"(batch, {math.prod(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
     return tensor.unflatten(1, grid) if tensor.numel() else tensor.reshape(tensor.shape[0], *grid, *tensor.shape[2:])
 
@@ -320,11 +317,6 @@ def _bwd(
     )  # fmt: skip
 
 
-def rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
-    """An uninitialised (batch, rows, entries) tensor whose rows lie next to each other, as kernels write them."""
-    return like.new_empty(batch, entries, rows).transpose(1, 2)
-
-
 def _fwd_fake(
     a: Tensor,
     tables: list[Tensor],
@@ -337,7 +329,7 @@ def _fwd_fake(
     batch, rows = x.shape[0], a.shape[1]
     return (
         a.new_empty(batch, rows, a.shape[2]),
-        [rows_contiguous(a, batch, rows, table.shape[2]) for table in tables],
+        [native.rows_contiguous(a, batch, rows, table.shape[2]) for table in tables],
         a.new_empty(batch, rows, dtype=torch.float64),
         a.new_empty(batch, rows),
     )
@@ -365,7 +357,7 @@ def _bwd_fake(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     return (
         a.new_empty(a.shape if needs_rows else 0),
-        [rows_contiguous(a, *t.shape) if needs_rows else a.new_empty(0) for t in tables],
+        [native.rows_contiguous(a, *t.shape) if needs_rows else a.new_empty(0) for t in tables],
         x.new_empty(x.shape if needs_x else 0),
         a.new_empty(x.shape[:-1] if needs_r else 0),
     )

@@ -65,15 +65,27 @@ def separable_layer_norm(
         (batch, S_1, ..., S_A) in the dtype of sums; differentiable in x.
 
     Raises:
-        ValueError: x and sums disagree on the grid.
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
 
     Source: docs/separable_attention.md; computed without cancellation.
     """
     grid = tuple(s.shape[0] for s in sums)
     if tuple(x.shape[1:-1]) != grid:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, must be (batch, {', '.join(map(str, grid))}, channels) as sums say"
-        )
+        expected_x = f"(batch, {', '.join(map(str, grid))}, channels) as sums say"
+        raise ValueError(f"x has shape {tuple(x.shape)}, must be {expected_x}")
+    if len(squares) != len(sums):
+        raise ValueError(f"squares has {len(squares)} entries, must have {len(sums)} as sums has")
+    vectors = [(f"sums[{k}]", s, s.shape[:1]) for k, s in enumerate(sums)]
+    vectors += [(f"squares[{k}]", s, sums[k].shape) for k, s in enumerate(squares)]
+    vectors += [(n, v, x.shape[-1:]) for n, v in (("x_scale", x_scale), ("x_shift", x_shift)) if v is not None]
+    for name, vector, shape in vectors:
+        if vector.shape != shape or vector.dtype != sums[0].dtype or vector.device != x.device:
+            raise ValueError(
+                f"{name} is {tuple(vector.shape)}, {vector.dtype} on {vector.device}, must be {tuple(shape)}, "
+                f"{sums[0].dtype} on {x.device}"
+            )
+        if vector.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but only x has one")
     return torch.ops.perceiver_kernels.separable_layer_norm(
         x, list(sums), list(squares), x_scale, x_shift, feature_channels, eps
     )

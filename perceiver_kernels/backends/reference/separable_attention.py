@@ -43,11 +43,7 @@ def _weights(
     if mask is not None:
         scores = scores.masked_fill(~mask.flatten(1)[:, None], -torch.inf)
     lse = scores.logsumexp(-1)
-    empty = torch.zeros_like(lse, dtype=torch.bool)
-    if mask is not None:
-        empty = empty | ~mask.flatten(1).any(1, keepdim=True)
-    if scores.shape[-1] == 0:
-        empty = torch.ones_like(empty)
+    empty = lse == -torch.inf  # no token at all, or none but with a score of -inf
     return form, factor, lse, scores.softmax(-1).masked_fill(empty[..., None], 0.0)
 
 
