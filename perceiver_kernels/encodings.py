@@ -35,8 +35,8 @@ class FourierGrid:
     Args:
         shape: (S_1, ..., S_A), 1 to 4 axes.
         num_bands: K, frequencies per axis.
-        max_freq: one number or one per axis, for spacing "linear" (without a meaning otherwise). Order "grouped" defaults to
-            the shape.
+        max_freq: one number or one per axis, for spacing "linear" (without a meaning otherwise). Order "grouped"
+            defaults to the shape.
         order: "per_axis": [sin, cos, x] axis after axis (perceiver-pytorch); "grouped": [x of all axes | sin of all |
             cos of all] (DeepMind, Hugging Face).
         spacing: "linear": f = linspace(1, max_freq / 2, K); "log2": f = 1, 2, 4, ..., 2^(K-1) (NeRF); or the K
@@ -104,15 +104,15 @@ class FourierGrid:
     ) -> tuple[Tensor, ...]:
         """The features of each axis's positions, per axis (S_k, e_k), computed in float64 and rounded once.
 
-        Columns are [sin(K), cos(K), x], for order "grouped" [x, sin(K), cos(K)]. The tables are cached and shared: do not
-        write to them.
+        Columns are [sin(K), cos(K), x], for order "grouped" [x, sin(K), cos(K)]. The tables are cached and shared: do
+        not write to them.
         """
         return self._constants("tables", device, dtype)
 
     def feature_sums(
         self, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Per axis (S_k,) the sums of each position's features, and the sums of their squares; cached and shared too."""
+        """Per axis (S_k,) the sums of each position's features, and the sums of their squares; cached and shared."""
         return self._constants("sums", device, dtype), self._constants("squares", device, dtype)
 
     def channel_index(self) -> tuple[Tensor, ...]:
@@ -135,8 +135,8 @@ class FourierGrid:
             dtype: of the result; defaults to that of out or of floating-point data, then to float32.
             batch: repeats the array for each of so many inputs.
             data: (batch, *shape, c) or (batch, M, c), any dtype and strides: its channels come before the features.
-            out: written to and returned: (M, E) or (*shape, E), a batch dimension before; with data, c more channels. Any
-                strides with contiguous channels. Gives no gradients.
+            out: written to and returned: (M, E) or (*shape, E), a batch dimension before; with data, c more channels.
+                Any strides with contiguous channels. Gives no gradients.
 
         Returns:
             (M, E); with batch (batch, M, E); with data its shape with E more channels. Differentiable in data.
@@ -189,7 +189,7 @@ class FourierGrid:
         return _looked_up(self, what, device, dtype)
 
     def _traceable_fields(self) -> tuple[Any, ...]:
-        """The fields in a form in which torch.compile treats none of the numbers as dynamic: what depends on them is constant."""
+        """The fields in a form in which torch.compile takes no number for a dynamic one, as the tables are constants."""
         spacing = self.spacing if isinstance(self.spacing, str) else _hexadecimal(self.spacing)
         return (
             tuple(operator.index(size) for size in self.shape),
@@ -318,4 +318,6 @@ class FourierEncoding(nn.Module):
 
     def extra_repr(self) -> str:
         bands = self.bands
-        return f"num_axes={bands.num_axes}, num_bands={bands.num_bands}, order={bands.order!r}, spacing={bands.spacing!r}"
+        return (
+            f"num_axes={bands.num_axes}, num_bands={bands.num_bands}, order={bands.order!r}, spacing={bands.spacing!r}"
+        )

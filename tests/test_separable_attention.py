@@ -484,3 +484,45 @@ def test_a_forced_backend_that_cannot_run_explains() -> None:
         pytest.raises(dispatch.BackendError, match=r"(?s)'cuda'.*cuda: no, it has no separable"),
     ):
         separable_attention(inputs["a"], inputs["tables"], inputs["x"])
+
+
+def test_second_derivatives_are_refused() -> None:
+    inputs = make_inputs(SeparableShape(1, 1, 2, 2, (3, 4)))
+    a = inputs["a"].requires_grad_()
+    state = separable_attention(a, inputs["tables"], inputs["x"])
+    (gradient,) = torch.autograd.grad(state.acc.square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="separable_attention has no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_seeds_out_of_range() -> None:
+    inputs = wrong()
+    with pytest.raises(ValueError, match=r"seed is -1, must be from 0 to 2\^63 - 1"):
+        separable_attention(inputs["a"], inputs["tables"], inputs["x"], dropout_p=0.5, seed=-1)
+
+
+@pytest.mark.parametrize("where", ["first columns", "first outer rows", "everywhere"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_minus_infinity_weigh_nothing(backend: str, where: str) -> None:
+    inputs = make_inputs(SeparableShape(1, 1, 3, 2, (4, 300)))
+    if where == "first columns":
+        inputs["tables"][1][:, :2, :270] = -torch.inf
+    else:
+        inputs["tables"][0][:, :2, : 2 if where == "first outer rows" else 4] = -torch.inf
+    call = lambda: separable_attention(inputs["a"], inputs["tables"], inputs["x"], inputs["r"])  # noqa: E731
+    with pk.use_backend(backend):
+        actual = parts(call())
+    with pk.use_backend("reference"):
+        expected = parts(call())
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert (actual["total"] == (0.0 if where == "everywhere" else 1.0))[:, :2].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_data_do_not_overflow_the_lazy_sums(backend: str) -> None:
+    tables = [torch.tensor([0.0, 20.0, 5.0, 0.0]).expand(1, 3, 4), torch.zeros(1, 3, 30)]
+    x = torch.full((1, 120, 2), 1e24)
+    with pk.use_backend(backend):
+        state = separable_attention(torch.zeros(1, 3, 2), tables, x)
+    torch.testing.assert_close(state.acc, torch.full((1, 3, 2), 1e24))

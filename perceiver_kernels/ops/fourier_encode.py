@@ -114,7 +114,9 @@ def _checked_spacing(spacing: str | Sequence[float] | Tensor, num_bands: int) ->
         return spacing
     if isinstance(spacing, Tensor):
         if spacing.dim() != 1:
-            raise ValueError(f"spacing has shape {tuple(spacing.shape)}, must be ({num_bands},), one frequency per band")
+            raise ValueError(
+                f"spacing has shape {tuple(spacing.shape)}, must be ({num_bands},), one frequency per band"
+            )
         spacing = spacing.tolist()
     frequencies = tuple(_number("spacing", frequency) for frequency in spacing)
     if len(frequencies) != num_bands:
@@ -174,14 +176,14 @@ def fourier_encode(
         dtype: of the result; defaults to out's, then to that of positions.
 
     Returns:
-        (..., E) with E = A * (2 K + 1), less where concat_pos is False or sine_only is True. Differentiable in positions.
+        (..., E) with E = A * (2 K + 1), less without concat_pos or with sine_only. Differentiable in positions.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
     Memory: the result. Backward: O(positions * A * K) in float64.
-    Cost: two sines and cosines per coordinate and 64 evenly spaced frequencies, or one per 8 octaves; recurrences between.
+    Cost: two sines and cosines per coordinate and 64 evenly spaced frequencies, one per 8 octaves; recurrences between.
     Source: Jaegle et al. 2021, arXiv:2103.03206; Mildenhall et al. 2020, arXiv:2003.08934.
     """
     check_positions(positions)
@@ -339,7 +341,7 @@ def _points_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _points_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (positions,) = ctx.saved_tensors
-    # In float64: angles reach hundreds of radians, and half a unit in the last place of those is what float32 gets wrong.
+    # In float64: angles reach hundreds of radians, whose rounding to float32 would be the gradient's largest error.
     gradient = reference.point_features_gradient(grad.double(), positions.double(), *ctx.options)
     return gradient.to(positions.dtype), None, None, None, None, None
 

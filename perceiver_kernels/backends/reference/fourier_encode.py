@@ -25,9 +25,9 @@ def fourier_encode_grid(tables: Sequence[Tensor], sections: Sequence[int], data:
     column = 0
     for width in sections:
         for axis, table in enumerate(tables):
-            across_other_axes = (len(tables) - 1 - axis) * (None,)
+            across_later_axes = (1,) * (len(tables) - 1 - axis)
             columns = table[:, column : column + width]
-            out[..., channel : channel + width] = columns[(slice(None), *across_other_axes)]
+            out[..., channel : channel + width] = columns.reshape(-1, *across_later_axes, width)
             channel += width
         column += width
 

@@ -1,0 +1,315 @@
+"""fourier_encode on every backend: against the formula in float64, gradients, registration, compilation, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import error
+from shapes import available_backends
+from torch import Tensor
+
+from perceiver_kernels.dispatch import BackendError, use_backend
+from perceiver_kernels.encodings import FourierEncoding, FourierGrid
+from perceiver_kernels.ops.fourier_encode import DTYPES, OP, explain, fourier_encode
+
+BACKENDS = available_backends(OP)
+SPACINGS: dict[str, Any] = {"linear": "linear", "log2": "log2", "explicit": [0.5, 3.0, 2.25, -1.0, 7.0]}
+FEATURES = [(True, False), (True, True), (False, False), (False, True)]
+
+
+def explicit_formula(
+    positions: Tensor, frequencies: Sequence[Sequence[float]], order: str, concat_pos: bool, sine_only: bool
+) -> Tensor:
+    """Feature by feature in float64, one column of Python at a time."""
+    x = positions.double()
+    columns: dict[str, list[list[Tensor]]] = {"sin": [], "cos": [], "pos": []}
+    for axis, axis_frequencies in enumerate(frequencies):
+        columns["sin"].append([(math.pi * f * x[..., axis]).sin() for f in axis_frequencies])
+        columns["cos"].append([(math.pi * f * x[..., axis]).cos() for f in axis_frequencies])
+        columns["pos"].append([x[..., axis]])
+    kinds = ["sin"] + ["cos"] * (not sine_only)
+    kinds = ["pos"] * concat_pos + kinds if order == "grouped" else kinds + ["pos"] * concat_pos
+    axes = range(len(frequencies))
+    places = (
+        [(kind, k) for kind in kinds for k in axes] if order == "grouped" else [(q, k) for k in axes for q in kinds]
+    )
+    return torch.stack([column for kind, axis in places for column in columns[kind][axis]], dim=-1)
+
+
+def frequencies_of(spacing: Any, num_bands: int, max_freqs: Sequence[float]) -> list[list[float]]:
+    if spacing == "linear":
+        return [torch.linspace(1.0, m / 2, num_bands, dtype=torch.float64).tolist() for m in max_freqs]
+    if spacing == "log2":
+        return [[2.0**k for k in range(num_bands)] for _ in max_freqs]
+    return [list(spacing) for _ in max_freqs]
+
+
+def random_positions(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (2 * torch.rand(shape, dtype=torch.float64) - 1).to(dtype)
+
+
+def assert_rounded_once(actual: Tensor, truth: Tensor) -> None:
+    """All features are at most 1 or so: one rounding to the dtype, and the float64 rounding of angles of some hundreds."""
+    eps = torch.finfo(actual.dtype).eps
+    bound = eps * max(1.0, truth.abs().max().item()) / 2 + 2e-13 if truth.numel() else 0.0
+    assert actual.shape == truth.shape
+    assert error(actual, truth) <= bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("concat_pos, sine_only", FEATURES)
+@pytest.mark.parametrize("order", ["per_axis", "grouped"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("axes", [1, 2, 3, 4])
+def test_matches_formula(backend: str, axes: int, spacing: str, order: str, concat_pos: bool, sine_only: bool) -> None:
+    max_freqs = [10.0, 3.0, 224.0, 1.0][:axes]
+    options: dict[str, Any] = {"order": order, "concat_pos": concat_pos, "sine_only": sine_only}
+    positions = random_positions(3, 7, axes)
+    truth = explicit_formula(positions, frequencies_of(SPACINGS[spacing], 5, max_freqs), **options)
+    with use_backend(backend):
+        actual = fourier_encode(positions, 5, max_freqs, spacing=SPACINGS[spacing], **options)
+    assert_rounded_once(actual, truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 8, 15, 300])
+def test_dtypes_and_counts(backend: str, dtype: torch.dtype, count: int) -> None:
+    positions = random_positions(2, count, dtype=dtype).t()  # strided
+    truth = explicit_formula(positions, frequencies_of("linear", 6, [12.0, 12.0]), "per_axis", True, False)
+    with use_backend(backend):
+        for result in DTYPES:
+            actual = fourier_encode(positions, 6, 12.0, dtype=result)
+            assert actual.dtype == result
+            assert_rounded_once(actual, truth)
+        assert fourier_encode(positions, 6, 12.0).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_bands", [1, 2, 64, 65, 300])
+def test_long_recurrences_stay_accurate(backend: str, num_bands: int) -> None:
+    positions = random_positions(40, 2)
+    truth = explicit_formula(positions, frequencies_of("linear", num_bands, [224.0] * 2), "per_axis", True, False)
+    with use_backend(backend):
+        assert_rounded_once(fourier_encode(positions, num_bands, 224.0), truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_octaves_are_as_accurate_as_their_angles(backend: str) -> None:
+    positions = random_positions(40, 3)
+    truth = explicit_formula(positions, frequencies_of("log2", 20, [0.0] * 3), "grouped", True, False)
+    with use_backend(backend):
+        actual = fourier_encode(positions, 20, spacing="log2", order="grouped")
+    largest_angle = math.pi * 2.0**19
+    assert error(actual, truth) <= 4 * torch.finfo(torch.float64).eps * largest_angle
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_perceiver_pytorch(backend: str) -> None:
+    peer = pytest.importorskip("perceiver_pytorch.perceiver_pytorch")
+    positions = random_positions(5, 6, 2)
+    with use_backend(backend):
+        actual = fourier_encode(positions, 8, 24.0)
+    torch.testing.assert_close(actual, peer.fourier_encode(positions, 24.0, 8).flatten(-2), rtol=0, atol=1e-13)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_backends_agree(data: st.DataObject) -> None:
+    axes, count = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 20))
+    num_bands = data.draw(st.integers(1, 20))
+    number = st.floats(-40, 40)
+    spacing = data.draw(st.sampled_from(["linear", "log2"]) | st.lists(number, min_size=num_bands, max_size=num_bands))
+    positions = torch.tensor(data.draw(st.lists(st.floats(-3, 3), min_size=count * axes, max_size=count * axes)))
+    options: dict[str, Any] = {
+        "spacing": spacing,
+        "order": data.draw(st.sampled_from(["per_axis", "grouped"])),
+        "concat_pos": data.draw(st.booleans()),
+        "sine_only": data.draw(st.booleans()),
+        "dtype": data.draw(st.sampled_from([torch.float32, torch.float64])),
+    }
+    max_freq, results = data.draw(number), []
+    for backend in BACKENDS:
+        with use_backend(backend):
+            results.append(fourier_encode(positions.view(count, axes), num_bands, max_freq, **options))
+    tolerance = 1e-6 if options["dtype"] == torch.float32 else 1e-8 if spacing == "log2" else 2e-12
+    for result in results:
+        torch.testing.assert_close(result, results[-1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out(backend: str) -> None:
+    positions = random_positions(3, 4, 2, dtype=torch.float32)
+    buffer = torch.full((3, 4, 20), -7.0, dtype=torch.float64)
+    with use_backend(backend):
+        expected = fourier_encode(positions, 4, 8.0, dtype=torch.float64)
+        out = buffer[..., 1:19]
+        assert fourier_encode(positions, 4, 8.0, out=out) is out
+    assert torch.equal(out, expected)
+    assert (buffer[..., 0] == -7.0).all() and (buffer[..., 19] == -7.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_coordinates_stay_in_their_features(backend: str, bad: float) -> None:
+    positions = random_positions(9, 2, dtype=torch.float32)
+    with use_backend(backend):
+        clean = fourier_encode(positions, 12, 8.0)
+        positions[4, 1] = bad
+        encoded = fourier_encode(positions, 12, 8.0)
+    assert encoded[4, 25:49].isnan().all()
+    assert torch.equal(encoded[4, :25], clean[4, :25]) and torch.equal(encoded[[3, 5]], clean[[3, 5]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("concat_pos, sine_only", FEATURES)
+@pytest.mark.parametrize("order", ["per_axis", "grouped"])
+def test_gradients(backend: str, order: str, concat_pos: bool, sine_only: bool) -> None:
+    positions = random_positions(3, 2, 2).requires_grad_()
+
+    def encode(x: Tensor) -> Tensor:
+        return fourier_encode(x, 3, [6.0, 4.0], order=order, concat_pos=concat_pos, sine_only=sine_only)
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(encode, (positions,))
+        assert torch.autograd.gradgradcheck(encode, (positions,))
+
+
+def test_gradient_dtype() -> None:
+    positions = random_positions(3, 2, dtype=torch.bfloat16).requires_grad_()
+    fourier_encode(positions, 3, 6.0, dtype=torch.float32).sum().backward()
+    assert positions.grad is not None and positions.grad.dtype == torch.bfloat16
+
+
+def points_sample(**changes: Any) -> tuple[Any, ...]:
+    fields = {"positions": random_positions(5, 2), "frequencies": [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]}
+    fields |= {"grouped": True, "concat_pos": True, "sine_only": False, **changes}
+    return tuple(fields.values())
+
+
+def grid_sample(order: str, data: Tensor | None) -> tuple[Any, ...]:
+    grid = FourierGrid((2, 3), 2, 4.0, order)
+    return [table.clone() for table in grid.tables(dtype=torch.float64)], list(grid.bands.sections), data
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    ops = torch.ops.perceiver_kernels
+    data = random_positions(4, 2, 3, 3)
+    with use_backend(backend):
+        for requires_grad in (False, True):
+            positions = random_positions(5, 2).requires_grad_(requires_grad)
+            torch.library.opcheck(ops.fourier_encode_points, (*points_sample(positions=positions), torch.float32))
+            sample = (*grid_sample("grouped", data.clone().requires_grad_(requires_grad)), 4)
+            torch.library.opcheck(ops.fourier_encode_grid, sample)
+        torch.library.opcheck(ops.fourier_encode_grid, (*grid_sample("per_axis", None), 2))
+        torch.library.opcheck(ops.fourier_encode_points_out, (*points_sample(), torch.zeros(5, 14)))
+        out = torch.zeros(4, 2, 3, 13, dtype=torch.float64)
+        torch.library.opcheck(ops.fourier_encode_grid_out, (*grid_sample("per_axis", data), out))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    module = FourierEncoding(2, 4, 9.0)
+
+    def encode(x: Tensor) -> Tensor:
+        return 2 * module(x) + fourier_encode(x, 4, x.shape[1] * 2.5)
+
+    compiled = torch.compile(encode, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for count in (3, 5):
+        positions = random_positions(count, 2).requires_grad_()
+        expected = encode(positions)
+        actual = compiled(positions)
+        torch.testing.assert_close(actual, expected)
+        for result in (actual, expected):
+            result.square().sum().backward()
+    out = torch.zeros(5, 18, dtype=torch.float64)
+    torch.compile(lambda x, y: fourier_encode(x, 4, 9.0, out=y), fullgraph=True, backend="aot_eager")(
+        positions.detach(), out
+    )
+    assert torch.equal(out, fourier_encode(positions.detach(), 4, 9.0))
+
+
+def test_module() -> None:
+    module = FourierEncoding(3, 4, spacing="log2", order="grouped")
+    positions = random_positions(2, 5, 3)
+    assert module.num_channels == 27
+    assert torch.equal(module(positions), fourier_encode(positions, 4, spacing="log2", order="grouped"))
+    assert "num_axes=3" in repr(module)
+    with pytest.raises(ValueError, match="positions has 2 axes, must have 3"):
+        module(positions[..., :2])
+    with pytest.raises(ValueError, match="num_axes is 0"):
+        FourierEncoding(0, 4, 9.0)
+
+
+def test_explain_names_the_backend() -> None:
+    assert f"{BACKENDS[0]}: runs this call" in explain(torch.zeros(3, 2), 4, 9.0)
+
+
+def test_forced_backend_that_cannot_run() -> None:
+    with use_backend("cuda"), pytest.raises(BackendError, match="cuda: no, it has no fourier_encode"):
+        fourier_encode(torch.zeros(3, 2), 4, 9.0)
+
+
+POSITIONS = torch.zeros(5, 2)
+BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "integer": (
+        lambda: fourier_encode(torch.zeros(5, 2, dtype=torch.int64), 4, 9.0),
+        "positions has dtype torch.int64",
+    ),
+    "scalar": (lambda: fourier_encode(torch.tensor(1.0), 4, 9.0), r"positions has shape \(\)"),
+    "no_axes": (lambda: fourier_encode(torch.zeros(5, 0), 4, 9.0), r"positions has shape \(5, 0\)"),
+    "no_bands": (lambda: fourier_encode(POSITIONS, 0, 9.0), "num_bands is 0, must be at least 1"),
+    "max_freq": (lambda: fourier_encode(POSITIONS, 4), "max_freq is None"),
+    "max_freq_count": (lambda: fourier_encode(POSITIONS, 4, [1.0, 2.0, 3.0]), "max_freq has 3 entries"),
+    "max_freq_nan": (lambda: fourier_encode(POSITIONS, 4, math.nan), "max_freq is or holds nan"),
+    "max_freq_text": (lambda: fourier_encode(POSITIONS, 4, "high"), "max_freq is or holds 'high'"),  # type: ignore[arg-type]
+    "spacing": (
+        lambda: fourier_encode(POSITIONS, 4, 9.0, spacing="log"),
+        "spacing is 'log', must be 'linear' or 'log2'",
+    ),
+    "spacing_count": (lambda: fourier_encode(POSITIONS, 4, spacing=[1.0]), "spacing has 1 frequencies, must have 4"),
+    "spacing_shape": (lambda: fourier_encode(POSITIONS, 4, spacing=torch.ones(2, 4)), r"spacing has shape \(2, 4\)"),
+    "spacing_inf": (lambda: fourier_encode(POSITIONS, 1, spacing=[math.inf]), "spacing is or holds inf"),
+    "order": (
+        lambda: fourier_encode(POSITIONS, 4, 9.0, order="axis"),
+        "order is 'axis', must be 'per_axis' or 'grouped'",
+    ),
+    "dtype": (lambda: fourier_encode(POSITIONS, 4, 9.0, dtype=torch.int32), "dtype is torch.int32"),
+    "out_shape": (lambda: fourier_encode(POSITIONS, 4, 9.0, out=torch.zeros(5, 17)), r"out has shape \(5, 17\)"),
+    "out_dtype": (
+        lambda: fourier_encode(POSITIONS, 4, 9.0, out=torch.zeros(5, 18), dtype=torch.float64),
+        "out has dtype torch.float32, must be torch.float64",
+    ),
+    "out_integer": (
+        lambda: fourier_encode(POSITIONS, 4, 9.0, out=torch.zeros(5, 18, dtype=torch.uint8)),
+        "out has dtype torch.uint8",
+    ),
+    "out_channels": (lambda: fourier_encode(POSITIONS, 4, 9.0, out=torch.zeros(18, 5).t()), "out has stride 5"),
+    "out_rows": (
+        lambda: fourier_encode(torch.zeros(3, 5, 2), 4, 9.0, out=torch.zeros(5, 3, 18).transpose(0, 1)),
+        "out has strides",
+    ),
+    "out_device": (
+        lambda: fourier_encode(POSITIONS, 4, 9.0, out=torch.zeros(5, 18, device="meta")),
+        "out is on meta, must be on cpu",
+    ),
+    "out_gradient": (
+        lambda: fourier_encode(torch.zeros(5, 2, requires_grad=True), 4, 9.0, out=torch.zeros(5, 18)),
+        "out is given, must be None for positions that requires a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_input(name: str) -> None:
+    call, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
