@@ -60,7 +60,6 @@ void run(int threads, const Kernel& kernel) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of perceiver_kernels; call them through perceiver_kernels.ops.";
-  pk::cpu_ops();  // an unusable PERCEIVER_KERNELS_CPU_ISA is an error of the import, not of the first call
 
   module.def("separable_attention_fwd",
              [](const py::tuple& inputs, const py::tuple& dropout, const py::tuple& outputs, int threads) {

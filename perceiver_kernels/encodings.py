@@ -189,7 +189,7 @@ class FourierGrid:
         return _looked_up(self, what, device, dtype)
 
     def _traceable_fields(self) -> tuple[Any, ...]:
-        """The fields in a form in which torch.compile takes no number for a dynamic one, as the tables are constants."""
+        """The fields in a form in which torch.compile takes no number for a dynamic one: the tables are constants."""
         spacing = self.spacing if isinstance(self.spacing, str) else _hexadecimal(self.spacing)
         return (
             tuple(operator.index(size) for size in self.shape),

@@ -55,7 +55,7 @@ def random_positions(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def assert_rounded_once(actual: Tensor, truth: Tensor) -> None:
-    """All features are at most 1 or so: one rounding to the dtype, and the float64 rounding of angles of some hundreds."""
+    """All features are at most 1 or so: one rounding to the dtype, and that of angles of some hundred radians."""
     eps = torch.finfo(actual.dtype).eps
     bound = eps * max(1.0, truth.abs().max().item()) / 2 + 2e-13 if truth.numel() else 0.0
     assert actual.shape == truth.shape

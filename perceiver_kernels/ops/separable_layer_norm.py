@@ -84,8 +84,6 @@ def separable_layer_norm(
                 f"{name} is {tuple(vector.shape)}, {vector.dtype} on {vector.device}, must be {tuple(shape)}, "
                 f"{sums[0].dtype} on {x.device}"
             )
-        if vector.requires_grad:
-            raise ValueError(f"{name} requires a gradient, but only x has one")
     return torch.ops.perceiver_kernels.separable_layer_norm(
         x, list(sums), list(squares), x_scale, x_shift, feature_channels, eps
     )
@@ -125,7 +123,9 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, sums, _, x_scale, x_shift, feature_channels, _ = inputs
+    x, sums, squares, x_scale, x_shift, feature_channels, _ = inputs
+    if any(vector is not None and vector.requires_grad for vector in (*sums, *squares, x_scale, x_shift)):
+        raise ValueError("sums, squares, x_scale or x_shift requires a gradient, but only x has one")
     ctx.save_for_backward(x, *sums, x_scale, x_shift, output)
     ctx.axes, ctx.feature_channels = len(sums), feature_channels
 
