@@ -4,6 +4,7 @@ from perceiver_kernels.dispatch import BackendError, use_backend
 from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
+from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.separable_attention import SeparableState, separable_attention
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "SelfAttention",
     "SeparableState",
     "explain",
+    "fourier_encode",
     "separable_attention",
     "use_backend",
 ]
