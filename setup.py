@@ -38,6 +38,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-ffp-contract=fast",
+    "-fno-math-errno",
     "-Wno-psabi",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -114,6 +114,25 @@ class FourierGrid:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Per axis (S_k,) the sums of each position's features, and the sums of their squares; cached and shared."""
         return self._constants("sums", device, dtype), self._constants("squares", device, dtype)
+
+    def summands(
+        self,
+        data_channels: int,
+        *,
+        centred: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """What tokens [data | features] are sums of: (c + S_1 + ... + S_A, c + E), cached and shared.
+
+        The first c = data_channels rows are unit vectors, to be weighted by the data; then each position of each axis
+        has its features, zero at the other axes' channels. A token is the sum of the former and one row per axis.
+
+        Args:
+            centred: takes each row's mean off, so that the rows are what tokens minus their means are sums of.
+        """
+        what = "centred_summands" if centred else "summands"
+        return self._constants(f"{what} {data_channels}", device, dtype)[0]
 
     def channel_index(self) -> tuple[Tensor, ...]:
         """Per axis (e_k,), int64, CPU: where the columns of its table stand among the num_channels channels."""
@@ -239,7 +258,8 @@ def _looked_up(
 def _computed(grid: FourierGrid, what: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     # Tensors of inference mode could never be saved for a backward later.
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(value.to(device, dtype) for value in _COMPUTE[what](grid))
+        name, *arguments = what.split()
+        return tuple(value.to(device, dtype) for value in _COMPUTE[name](grid, *map(int, arguments)))
 
 
 _cached = lru_cache(maxsize=CACHED_TABLES)(_computed)
@@ -269,7 +289,26 @@ def _channels(grid: FourierGrid) -> list[Tensor]:
     return [torch.tensor(channels, dtype=torch.int64, device="cpu") for channels in per_axis]
 
 
-_COMPUTE = {"tables": _tables, "sums": _sums, "squares": _squares, "channels": _channels}
+def _summands(grid: FourierGrid, data_channels: int) -> list[Tensor]:
+    rows = [torch.eye(data_channels, data_channels + grid.num_channels, dtype=torch.float64, device="cpu")]
+    for table, channels in zip(_tables(grid), _channels(grid), strict=True):
+        rows.append(rows[0].new_zeros(table.shape[0], rows[0].shape[1]))
+        rows[-1][:, data_channels + channels] = table
+    return [torch.cat(rows)]
+
+
+def _centred_summands(grid: FourierGrid, data_channels: int) -> list[Tensor]:
+    return [rows - rows.mean(1, keepdim=True) for rows in _summands(grid, data_channels)]
+
+
+_COMPUTE: dict[str, Callable[..., list[Tensor]]] = {
+    "tables": _tables,
+    "sums": _sums,
+    "squares": _squares,
+    "channels": _channels,
+    "summands": _summands,
+    "centred_summands": _centred_summands,
+}
 
 
 def _checked_device(name: str, tensor: Tensor, device: torch.device | str | None) -> torch.device:

@@ -403,7 +403,8 @@ def test_opcheck(masked: bool) -> None:
     x = inputs["x"].unflatten(1, (3, 4)).requires_grad_()
     r = inputs["r"].unflatten(1, (3, 4)).requires_grad_()
     mask = None if inputs["mask"] is None else inputs["mask"].unflatten(1, (3, 4))
-    args = (inputs["a"].requires_grad_(), [t.requires_grad_() for t in inputs["tables"]], x, r, mask, None, 0.0)
+    form = torch.cat((inputs["a"], *inputs["tables"]), 2).transpose(1, 2).requires_grad_()
+    args = (form, x, r, mask, None, 0.0)
     torch.library.opcheck(torch.ops.perceiver_kernels.separable_attention_fwd.default, args)
 
 

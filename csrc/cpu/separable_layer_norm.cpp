@@ -24,7 +24,7 @@ struct Statistics {
   template <class X>
   void row(int64_t batch_index, int64_t outer) const {
     const int axes = static_cast<int>(sums.size());
-    const int64_t columns = x.size(axes), channels = x.size(-1);
+    const int64_t columns = x.size(axes), channels = x.size(-1), step = x.stride(axes), r_step = r.stride(axes);
     const X* source = x.as<const X>() + batch_index * x.stride(0);
     T* target = r.as<T>() + batch_index * r.stride(0);
     T outer_sum = 0, outer_squares = 0;
@@ -50,11 +50,9 @@ struct Statistics {
         T* plane = planes.get() + c * block;
         const T factor = scale.defined() ? scale.as<const T>()[c * scale.stride(0)] : T(1);
         const T offset = shift.defined() ? shift.as<const T>()[c * shift.stride(0)] : T(0);
-        const X* channel = source + first * x.stride(axes) + c * x.stride(-1);
-        for (int64_t j = 0; j < count; ++j) {
-          plane[j] = convert<T>(channel[j * x.stride(axes)]) * factor + offset;
-          mean[j] += plane[j];
-        }
+        const X* channel = source + first * step + c * x.stride(-1);
+        for (int64_t j = 0; j < count; ++j) plane[j] = convert<T>(channel[j * step]) * factor + offset;
+        for (int64_t j = 0; j < count; ++j) mean[j] += plane[j];
       }
       for (int64_t j = 0; j < count; ++j) {
         mean[j] /= width;
@@ -65,8 +63,8 @@ struct Statistics {
         const T* plane = planes.get() + c * block;
         for (int64_t j = 0; j < count; ++j) variance[j] += (plane[j] - mean[j]) * (plane[j] - mean[j]);
       }
-      for (int64_t j = 0; j < count; ++j)
-        target[(first + j) * r.stride(axes)] = T(1) / std::sqrt(variance[j] / width + eps);
+      for (int64_t j = 0; j < count; ++j) variance[j] = T(1) / std::sqrt(variance[j] / width + eps);
+      for (int64_t j = 0; j < count; ++j) target[(first + j) * r_step] = variance[j];
     }
   }
 };

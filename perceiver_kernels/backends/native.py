@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,48 +51,48 @@ def describe_all(tensors: Sequence[Tensor]) -> tuple[Described | None, ...]:
     return tuple(describe(tensor) for tensor in tensors)
 
 
-State: TypeAlias = tuple[Tensor, list[Tensor], Tensor, Tensor]
+State: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def rows_contiguous(like: Tensor, batch: int, rows: int, entries: int) -> Tensor:
-    """An uninitialised (batch, rows, entries) tensor whose rows lie next to each other, as kernels write them."""
-    return like.new_empty(batch, entries, rows).transpose(1, 2)
+def _parts(form: Tensor | None, x: Tensor) -> tuple[Described | None, tuple[Described, ...]]:
+    """The data channels' part of a form (batch, entries, rows) and every axis's, each as (batch, rows, its entries)."""
+    if form is None:
+        return None, ()
+    batch, _, rows = form.shape
+    batch_stride, entry_stride, row_stride = form.stride()
+    address, parts = form.data_ptr(), []
+    for size in (x.shape[-1], *x.shape[1:-1]):
+        strides = (batch_stride, row_stride, entry_stride)
+        parts.append((address, DTYPE_CODES[form.dtype], (batch, rows, size), strides))
+        address += size * entry_stride * form.element_size()
+    return parts[0], tuple(parts[1:])
 
 
-def _described_state(
-    state: State,
-) -> tuple[Described | None, tuple[Described | None, ...], Described | None, Described | None]:
-    acc, marginals, lse, total = state
-    return describe(acc), describe_all(marginals), describe(lse), describe(total)
+def _inputs(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
+    return *_parts(form, x), describe(x), describe(r), describe(mask)
+
+
+def _state(state: State, x: Tensor) -> tuple[Any, ...]:
+    sums, lse, total = state
+    return *_parts(sums, x), describe(lse), describe(total)
 
 
 def separable_attention_fwd(
-    a: Tensor,
-    tables: Sequence[Tensor],
-    x: Tensor,
-    r: Tensor | None,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: int,
+    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int
 ) -> State:
-    """acc, marginals, lse (float64) and total of separable attention, by csrc/cpu/separable_attention.cpp."""
-    batch, rows = x.shape[0], a.shape[1]
-    acc = a.new_empty(batch, rows, a.shape[2])
-    marginals = [rows_contiguous(a, batch, rows, table.shape[2]) for table in tables]
-    lse = a.new_empty(batch, rows, dtype=torch.float64)
-    total = a.new_empty(batch, rows)
+    """sums, lse (float64) and total of separable attention, by csrc/cpu/separable_attention.cpp."""
+    batch, (_, entries, rows) = x.shape[0], form.shape
+    sums = form.new_empty(batch, entries, rows)
+    lse = form.new_empty(batch, rows, dtype=torch.float64)
+    total = form.new_empty(batch, rows)
     cpu_module().separable_attention_fwd(
-        (describe(a), describe_all(tables), describe(x), describe(r), describe(mask)),
-        (dropout_p, seed, 0),
-        _described_state((acc, marginals, lse, total)),
-        torch.get_num_threads(),
+        _inputs(form, x, r, mask), (dropout_p, seed, 0), _state((sums, lse, total), x), torch.get_num_threads()
     )
-    return acc, marginals, lse, total
+    return sums, lse, total
 
 
 def separable_attention_bwd(
-    a: Tensor,
-    tables: Sequence[Tensor],
+    form: Tensor,
     x: Tensor,
     r: Tensor | None,
     mask: Tensor | None,
@@ -101,34 +101,29 @@ def separable_attention_bwd(
     saved: State,
     upstream: State,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of a, the tables, x and r, empty where not needed; rows and tokens by a kernel each."""
-    needs_rows, needs_x, needs_r = needs
-    batch, rows = x.shape[0], a.shape[1]
-    d_a = a.new_empty((batch, rows, a.shape[2]) if needs_rows else 0)
-    d_tables = [rows_contiguous(a, batch, rows, t.shape[2]) if needs_rows else a.new_empty(0) for t in tables]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the form, x and r, empty where not needed; rows and tokens by a kernel each."""
+    needs_form, needs_x, needs_r = needs
+    batch, (_, entries, rows) = x.shape[0], form.shape
+    d_form = form.new_empty((batch, entries, rows) if needs_form else 0)
     # Masked tokens are never visited: their gradients are the zeros of the allocation.
     d_x = (x.new_empty if mask is None else x.new_zeros)(x.shape if needs_x else 0)
-    d_r = (a.new_empty if mask is None else a.new_zeros)(x.shape[:-1] if needs_r else 0)
+    d_r = (form.new_empty if mask is None else form.new_zeros)(x.shape[:-1] if needs_r else 0)
     cpu_module().separable_attention_bwd(
-        (describe(a), describe_all(tables), describe(x), describe(r), describe(mask)),
+        _inputs(form, x, r, mask),
         (dropout_p, seed, 0),
-        _described_state(saved),
-        _described_state(upstream),
+        _state(saved, x),
+        _state(upstream, x),
         (
-            describe(d_a) if needs_rows else None,
-            describe_all(d_tables) if needs_rows else (),
+            *_parts(d_form if needs_form else None, x),
             describe(d_x) if needs_x else None,
             describe(d_r) if needs_r else None,
         ),
         torch.get_num_threads(),
     )
-    if needs_rows and a.shape[0] == 1 and batch != 1:
-        d_a, d_tables = (
-            d_a.sum(0, keepdim=True),
-            [d.transpose(1, 2).sum(0, keepdim=True).transpose(1, 2) for d in d_tables],
-        )
-    return d_a, d_tables, d_x, d_r
+    if needs_form and form.shape[0] == 1 and batch != 1:
+        d_form = d_form.sum(0, keepdim=True)
+    return d_form, d_x, d_r
 
 
 def separable_layer_norm_fwd(

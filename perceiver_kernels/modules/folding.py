@@ -1,8 +1,8 @@
 """LayerNorm, keys and values folded around separable attention, and the choice between the paths of cross-attention.
 
-A token is z = [x ; features of its position on each axis]. Keys and values are linear in LayerNorm(z), so the per-axis
-feature tables are projected instead of the tokens: position_keys[k] = F_k W_K,k^T has one row per position of axis k,
-not one per token (docs/separable_attention.md).
+A token is z = [x ; features of its position on each axis]: a sum of data channels and one row of features per axis. Keys
+and values are linear in LayerNorm(z), so those summands are projected instead of the tokens: there is one per position
+of an axis, not one per position of the grid (docs/separable_attention.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels.encodings import FourierGrid
-from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, separable_attention
+from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, attend_to_grid
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
 # Cost of one exponential in multiply-adds, and the longest single axis whose (rows, positions) table is worth it.
@@ -78,43 +78,6 @@ def _separable_obstacle(grid: FourierGrid | None, data_channels: int) -> str | N
     return None
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """Keys or values as a function of data and position: W z^ + b without z^."""
-
-    data: Tensor  # (heads, head_dim, c)
-    positions: list[Tensor]  # per axis (heads, S_k, head_dim)
-    constant: Tensor | None  # (heads * head_dim,)
-
-
-def _projections(
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    normalise: bool,
-    grid: FourierGrid,
-    heads: int,
-    channels: int,
-) -> tuple[_Projection, _Projection]:
-    """Keys and values: LayerNorm's gain and centring go into the weights, its bias into the constant."""
-    folded = weight if norm_weight is None else weight * norm_weight
-    if normalise:
-        folded = folded - folded.mean(1, keepdim=True)
-    constant = bias
-    if norm_bias is not None:
-        constant = F.linear(norm_bias, weight, bias)
-    per_head = folded.unflatten(0, (2, heads, -1))  # keys and values, heads, head_dim, channels
-    positions = []
-    for table, index in zip(grid.tables(weight.device, weight.dtype), grid.channel_index(), strict=True):
-        # As one product of (S_k, e_k) and (e_k, keys and values of all heads).
-        columns = folded[:, channels + index.to(weight.device)]
-        positions.append((table @ columns.t()).unflatten(1, (2, heads, -1)).permute(1, 2, 0, 3))
-    constants = (None, None) if constant is None else constant.chunk(2)
-    keys, values = (_Projection(per_head[i, ..., :channels], [p[i] for p in positions], constants[i]) for i in range(2))
-    return keys, values
-
-
 def separable_cross_attention(
     query: Tensor,
     data: Tensor,
@@ -163,26 +126,30 @@ def _separable(
     kv_weight, kv_bias, norm_weight, norm_bias = parameters
     assert kv_weight is not None
     x = data.reshape(data.shape[0], *grid.shape, data.shape[-1])
-    r = None
+    on_grid = None if mask is None else mask.reshape(x.shape[:-1])
+    normalise, r = eps is not None, None
     if eps is not None:
         sums, squares = grid.feature_sums(query.device, query.dtype)
         r = separable_layer_norm(x, sums, squares, feature_channels=grid.num_channels, eps=eps)
-    keys, values = _projections(kv_weight, kv_bias, norm_weight, norm_bias, eps is not None, grid, heads, x.shape[-1])
-    q = (scale * query).unflatten(2, (heads, -1)).transpose(1, 2)  # batch or 1, heads, queries, head_dim
-    a = (q @ keys.data).flatten(1, 2)
-    # (positions, queries) products leave the rows next to each other, as the kernels like them.
-    tables = [(k @ q.transpose(2, 3)).transpose(2, 3).flatten(1, 2) for k in keys.positions]
-    state = separable_attention(a, tables, x, r, mask=mask, dropout_p=dropout_p)
 
-    per_head = [part.unflatten(1, (heads, -1)) for part in (state.acc, *state.marginals)]
-    out = per_head[0] @ values.data.transpose(1, 2)
-    for marginal, position_values in zip(per_head[1:], values.positions, strict=True):
-        out = out + marginal @ position_values
+    # LayerNorm's centring goes into the summands, its gain into the weights, its bias into a constant.
+    summands = grid.summands(x.shape[-1], centred=normalise, device=query.device, dtype=query.dtype)
+    projected = F.linear(summands, kv_weight if norm_weight is None else kv_weight * norm_weight)
+    keys, values = projected.unflatten(1, (2, heads, -1)).permute(1, 2, 0, 3)  # heads, entries, head_dim
+    q = (scale * query).unflatten(2, (heads, -1)).permute(0, 2, 3, 1)  # batch or 1, heads, head_dim, queries
+    form = (keys @ q).transpose(1, 2).flatten(2)
+    weighted, total = attend_to_grid(form, x, r, mask=on_grid, dropout_p=dropout_p)
+    out = weighted.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) @ values  # batch, heads, queries, head_dim
     out = out.transpose(1, 2).flatten(2)
-    if values.constant is None:
+
+    constant = kv_bias if norm_bias is None else F.linear(norm_bias, kv_weight, kv_bias)
+    if constant is None:
         return out
-    total = state.total.unflatten(1, (heads, -1)).transpose(1, 2)  # batch, queries, heads
-    return out + (total[..., None] * values.constant.unflatten(0, (heads, -1))).flatten(2)
+    constant = constant.chunk(2)[1]
+    if mask is None and dropout_p == 0:
+        return out + constant  # the weights' total is 1
+    total = total.unflatten(1, (heads, -1)).transpose(1, 2)  # batch, queries, heads
+    return out + (total[..., None] * constant.unflatten(0, (heads, -1))).flatten(2)
 
 
 def absorbed_cross_attention(

@@ -125,7 +125,7 @@ def separable_attention(
         x_scale, x_shift: (c,) in a's dtype: x is read as x * x_scale + x_shift (raw pixels' normalisation), at no cost.
 
     Returns:
-        SeparableState in a's dtype; marginals are views with rows contiguous.
+        SeparableState in a's dtype; acc and marginals are views with rows contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the message names the argument.
@@ -159,10 +159,27 @@ def _state(
     random: Tensor | None,
     dropout_p: float,
 ) -> SeparableState:
-    acc, marginals, lse, total = torch.ops.perceiver_kernels.separable_attention_fwd(
-        a, list(tables), x, r, mask, random, dropout_p
-    )
+    form = torch.cat([part.transpose(1, 2) for part in (a, *tables)], 1)
+    sums, lse, total = torch.ops.perceiver_kernels.separable_attention_fwd(form, x, r, mask, random, dropout_p)
+    acc, *marginals = (part.transpose(1, 2) for part in sums.split([part.shape[2] for part in (a, *tables)], 1))
     return SeparableState(acc, tuple(marginals), lse.to(a.dtype), total)
+
+
+def attend_to_grid(
+    form: Tensor, x: Tensor, r: Tensor | None = None, *, mask: Tensor | None = None, dropout_p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """separable_attention for callers that have a and the tables in one array: nothing is copied, nothing checked.
+
+    Args:
+        form: (batch or 1, c + S_1 + ... + S_A, rows), a and then the tables, transposed.
+        x: (batch, S_1, ..., S_A, c); r and mask (batch, S_1, ..., S_A).
+
+    Returns:
+        (batch, c + S_1 + ... + S_A, rows), acc and then the marginals; and total (batch, rows).
+    """
+    random = torch.randint(2**63 - 1, (1,), device="cpu") if dropout_p > 0 else None
+    sums, _, total = torch.ops.perceiver_kernels.separable_attention_fwd(form, x, r, mask, random, dropout_p)
+    return sums, total
 
 
 def _checked(
@@ -244,8 +261,9 @@ def _same_batch(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {x.shape[0]} as x has")
 
 
-def _call(a: Tensor, tables: Sequence[Tensor], x: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
-    return dispatch.Call(OP, a.device.type, a.dtype, x.dtype, len(tables), x.shape[-1], mask is not None, dropout_p > 0)
+def _call(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
+    axes = x.dim() - 2
+    return dispatch.Call(OP, form.device.type, form.dtype, x.dtype, axes, x.shape[-1], mask is not None, dropout_p > 0)
 
 
 def explain(
@@ -259,145 +277,89 @@ def explain(
     **_: Any,
 ) -> str:
     """Which backend would run this call of separable_attention, and the others' reasons why not."""
-    return dispatch.describe(_call(a, tables, x, mask, dropout_p))
+    call = dispatch.Call(OP, a.device.type, a.dtype, x.dtype, len(tables), x.shape[-1], mask is not None, dropout_p > 0)
+    return dispatch.describe(call)
 
 
 library = torch.library.Library("perceiver_kernels", "FRAGMENT")
 library.define(
-    "separable_attention_fwd(Tensor a, Tensor[] tables, Tensor x, Tensor? r, Tensor? mask, Tensor? random, "
-    "float dropout_p) -> (Tensor acc, Tensor[] marginals, Tensor lse, Tensor total)"
+    "separable_attention_fwd(Tensor form, Tensor x, Tensor? r, Tensor? mask, Tensor? random, float dropout_p) "
+    "-> (Tensor sums, Tensor lse, Tensor total)"
 )
 library.define(
-    "separable_attention_bwd(Tensor a, Tensor[] tables, Tensor x, Tensor? r, Tensor? mask, Tensor? random, "
-    "float dropout_p, Tensor acc, Tensor[] marginals, Tensor lse, Tensor total, Tensor d_acc, Tensor[] d_marginals, "
-    "Tensor d_lse, Tensor d_total, bool needs_rows, bool needs_x, bool needs_r) "
-    "-> (Tensor d_a, Tensor[] d_tables, Tensor d_x, Tensor d_r)"
+    "separable_attention_bwd(Tensor form, Tensor x, Tensor? r, Tensor? mask, Tensor? random, float dropout_p, "
+    "Tensor sums, Tensor lse, Tensor total, Tensor d_sums, Tensor d_lse, Tensor d_total, "
+    "bool needs_form, bool needs_x, bool needs_r) -> (Tensor d_form, Tensor d_x, Tensor d_r)"
 )
 
 
 def _fwd(
-    a: Tensor,
-    tables: list[Tensor],
-    x: Tensor,
-    r: Tensor | None,
-    mask: Tensor | None,
-    random: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    backend = dispatch.select(_call(a, tables, x, mask, dropout_p)).load()
+    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, random: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = dispatch.select(_call(form, x, mask, dropout_p)).load()
     seed = 0 if random is None else int(random)
-    return backend.separable_attention_fwd(a, tables, x, r, mask, dropout_p, seed)
+    return backend.separable_attention_fwd(form, x, r, mask, dropout_p, seed)
 
 
 def _bwd(
-    a: Tensor,
-    tables: list[Tensor],
+    form: Tensor,
     x: Tensor,
     r: Tensor | None,
     mask: Tensor | None,
     random: Tensor | None,
     dropout_p: float,
-    acc: Tensor,
-    marginals: list[Tensor],
+    sums: Tensor,
     lse: Tensor,
     total: Tensor,
-    d_acc: Tensor,
-    d_marginals: list[Tensor],
+    d_sums: Tensor,
     d_lse: Tensor,
     d_total: Tensor,
-    needs_rows: bool,
-    needs_x: bool,
-    needs_r: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    backend = dispatch.select(_call(a, tables, x, mask, dropout_p)).load()
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = dispatch.select(_call(form, x, mask, dropout_p)).load()
     seed = 0 if random is None else int(random)
-    return backend.separable_attention_bwd(
-        a, tables, x, r, mask, dropout_p, seed,
-        (acc, marginals, lse, total), (d_acc, d_marginals, d_lse, d_total), (needs_rows, needs_x, needs_r),
-    )  # fmt: skip
+    saved, upstream = (sums, lse, total), (d_sums, d_lse, d_total)
+    return backend.separable_attention_bwd(form, x, r, mask, dropout_p, seed, saved, upstream, needs)
 
 
 def _fwd_fake(
-    a: Tensor,
-    tables: list[Tensor],
-    x: Tensor,
-    r: Tensor | None,
-    mask: Tensor | None,
-    random: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    batch, rows = x.shape[0], a.shape[1]
+    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, random: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, (_, entries, rows) = x.shape[0], form.shape
     return (
-        a.new_empty(batch, rows, a.shape[2]),
-        [native.rows_contiguous(a, batch, rows, table.shape[2]) for table in tables],
-        a.new_empty(batch, rows, dtype=torch.float64),
-        a.new_empty(batch, rows),
+        form.new_empty(batch, entries, rows),
+        form.new_empty(batch, rows, dtype=torch.float64),
+        form.new_empty(batch, rows),
     )
 
 
-def _bwd_fake(
-    a: Tensor,
-    tables: list[Tensor],
-    x: Tensor,
-    r: Tensor | None,
-    mask: Tensor | None,
-    random: Tensor | None,
-    dropout_p: float,
-    acc: Tensor,
-    marginals: list[Tensor],
-    lse: Tensor,
-    total: Tensor,
-    d_acc: Tensor,
-    d_marginals: list[Tensor],
-    d_lse: Tensor,
-    d_total: Tensor,
-    needs_rows: bool,
-    needs_x: bool,
-    needs_r: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+def _bwd_fake(form: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_form, needs_x, needs_r = rest[-3:]
     return (
-        a.new_empty(a.shape if needs_rows else 0),
-        [native.rows_contiguous(a, *t.shape) if needs_rows else a.new_empty(0) for t in tables],
+        form.new_empty(form.shape if needs_form else 0),
         x.new_empty(x.shape if needs_x else 0),
-        a.new_empty(x.shape[:-1] if needs_r else 0),
+        form.new_empty(x.shape[:-1] if needs_r else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    a, tables, x, r, mask, random, dropout_p = inputs
-    acc, marginals, lse, total = output
-    ctx.save_for_backward(a, *tables, x, r, mask, random, acc, *marginals, lse, total)
-    ctx.axes, ctx.dropout_p = len(tables), dropout_p
-    ctx.needs = (
-        a.requires_grad or any(table.requires_grad for table in tables),
-        x.requires_grad,
-        r is not None and r.requires_grad,
-    )
+    form, x, r, mask, random, dropout_p = inputs
+    ctx.save_for_backward(form, x, r, mask, random, *output)
+    ctx.dropout_p = dropout_p
+    ctx.needs = (form.requires_grad, x.requires_grad, r is not None and r.requires_grad)
 
 
-def _backward(ctx: Any, d_acc: Tensor, d_marginals: list[Tensor], d_lse: Tensor, d_total: Tensor) -> tuple[Any, ...]:
-    axes = ctx.axes
-    a, *rest = ctx.saved_tensors
-    tables, (x, r, mask, random, acc), rest = rest[:axes], rest[axes : axes + 5], rest[axes + 5 :]
-    marginals, (lse, total) = rest[:axes], rest[axes:]
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    form, x, r, mask, random, *output = ctx.saved_tensors
     upstream = [
         torch.zeros_like(value) if gradient is None else gradient
-        for value, gradient in zip((acc, *marginals, lse, total), (d_acc, *d_marginals, d_lse, d_total), strict=True)
+        for value, gradient in zip(output, gradients, strict=True)
     ]
-    d_a, d_tables, d_x, d_r = torch.ops.perceiver_kernels.separable_attention_bwd(
-        a, tables, x, r, mask, random, ctx.dropout_p, acc, marginals, lse, total,
-        upstream[0], upstream[1 : 1 + axes], upstream[-2], upstream[-1], *ctx.needs,
-    )  # fmt: skip
-    needs_rows, needs_x, needs_r = ctx.needs
-    return (
-        d_a if needs_rows else None,
-        d_tables if needs_rows else [None] * axes,
-        d_x if needs_x else None,
-        d_r if needs_r else None,
-        None,
-        None,
-        None,
+    results = torch.ops.perceiver_kernels.separable_attention_bwd(
+        form, x, r, mask, random, ctx.dropout_p, *output, *upstream, *ctx.needs
     )
+    d_form, d_x, d_r = (result if needed else None for result, needed in zip(results, ctx.needs, strict=True))
+    return d_form, d_x, d_r, None, None, None
 
 
 def _no_second_derivatives(ctx: Any, *_: Any) -> None:

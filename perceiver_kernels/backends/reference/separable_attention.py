@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.reference.philox import dropout_scales
 
-State = tuple[Tensor, list[Tensor], Tensor, Tensor]
+State = tuple[Tensor, Tensor, Tensor]
 
 
-def _form(channels: Tensor, tables: Sequence[Tensor], x: Tensor) -> Tensor:
-    """channels . x + sum_k tables[k], over all tokens: (batch, rows, M)."""
+def _over_tokens(form: Tensor, x: Tensor) -> Tensor:
+    """channels . x + sum_k tables[k] of a form (batch, entries, rows), over all tokens: (batch, rows, M)."""
     grid = x.shape[1:-1]
+    channels, *tables = form.transpose(1, 2).split((x.shape[-1], *grid), 2)
     total = (channels @ x.flatten(1, -2).transpose(1, 2)).unflatten(2, grid)
     for k, table in enumerate(tables):
         shape = [1] * len(grid)
@@ -23,21 +22,21 @@ def _form(channels: Tensor, tables: Sequence[Tensor], x: Tensor) -> Tensor:
     return total.flatten(2)
 
 
-def _sums(weights: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Weighted sum of x, and the weights' marginals along each axis."""
+def _sums(weights: Tensor, x: Tensor) -> Tensor:
+    """Weighted sum of x, and the weights' marginals along each axis, as a form (batch, entries, rows)."""
     grid = x.shape[1:-1]
     on_grid = weights.unflatten(2, grid)
     marginals = [
         on_grid.sum([d + 2 for d in range(len(grid)) if d != k]) if len(grid) > 1 else on_grid for k in range(len(grid))
     ]
-    return weights @ x.flatten(1, -2), marginals
+    return torch.cat((weights @ x.flatten(1, -2), *marginals), 2).transpose(1, 2).contiguous()
 
 
 def _weights(
-    a: Tensor, tables: Sequence[Tensor], x: Tensor, r: Tensor | None, mask: Tensor | None
+    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The linear form, r as (batch, 1, M), the scores' log-sum-exp and their softmax."""
-    form = _form(a, tables, x)
+    """The form over tokens, r as (batch, 1, M), the scores' log-sum-exp and their softmax."""
+    form = _over_tokens(form, x)
     factor = form.new_ones(1, 1, 1) if r is None else r.flatten(1)[:, None]
     scores = factor * form
     if mask is not None:
@@ -48,27 +47,18 @@ def _weights(
 
 
 def separable_attention_fwd(
-    a: Tensor,
-    tables: Sequence[Tensor],
-    x: Tensor,
-    r: Tensor | None,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: int,
+    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int
 ) -> State:
-    """acc, marginals, lse (float64) and total of separable attention; shapes as in ops.separable_attention."""
-    x = x.to(a.dtype)
-    _, factor, lse, p = _weights(a, tables, x, r, mask)
+    """sums, lse (float64) and total of separable attention; shapes as in ops.separable_attention.attend_to_grid."""
+    x = x.to(form.dtype)
+    _, factor, lse, p = _weights(form, x, r, mask)
     if dropout_p > 0:
         p = p * dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device)
-    acc, marginals = _sums(p * factor, x)
-    marginals = [marginal.transpose(1, 2).contiguous().transpose(1, 2) for marginal in marginals]
-    return acc, marginals, lse.double(), p.sum(-1)
+    return _sums(p * factor, x), lse.double(), p.sum(-1)
 
 
 def separable_attention_bwd(
-    a: Tensor,
-    tables: Sequence[Tensor],
+    form: Tensor,
     x: Tensor,
     r: Tensor | None,
     mask: Tensor | None,
@@ -77,31 +67,30 @@ def separable_attention_bwd(
     saved: State,
     upstream: State,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of a, the tables, x and r, empty where not needed."""
-    acc, marginals, _, total = saved
-    d_acc, d_marginals, d_lse, d_total = upstream
-    data = x.to(a.dtype)
-    form, factor, _, p = _weights(a, tables, data, r, mask)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the form, x and r, empty where not needed."""
+    sums, _, total = saved
+    d_sums, d_lse, d_total = upstream
+    data = x.to(form.dtype)
+    scores, factor, _, p = _weights(form, data, r, mask)
     keep = dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device) if dropout_p > 0 else p.new_ones(1, 1, 1)
 
-    u = _form(d_acc, d_marginals, data)
-    delta = (d_acc * acc).sum(-1) + d_total * total - d_lse.to(a.dtype)
-    for d_marginal, marginal in zip(d_marginals, marginals, strict=True):
-        delta = delta + (d_marginal * marginal).sum(-1)
+    u = _over_tokens(d_sums, data)
+    delta = (d_sums * sums).sum(1) + d_total * total - d_lse.to(form.dtype)
     d_scores = p * (keep * (factor * u + d_total[..., None]) - delta[..., None])
     d_scores = torch.where(p == 0, 0.0, d_scores) if mask is not None else d_scores
 
-    needs_rows, needs_x, needs_r = needs
-    d_a, d_tables, d_x, d_r = a.new_empty(0), [a.new_empty(0) for _ in tables], x.new_empty(0), a.new_empty(0)
-    if needs_rows:
-        d_a, d_tables = _sums(d_scores * factor, data)
-        if a.shape[0] == 1:
-            d_a, d_tables = d_a.sum(0, keepdim=True), [d.sum(0, keepdim=True) for d in d_tables]
-        d_tables = [d.transpose(1, 2).contiguous().transpose(1, 2) for d in d_tables]
+    needs_form, needs_x, needs_r = needs
+    d_form, d_x, d_r = form.new_empty(0), x.new_empty(0), form.new_empty(0)
+    if needs_form:
+        d_form = _sums(d_scores * factor, data)
+        if form.shape[0] == 1:
+            d_form = d_form.sum(0, keepdim=True)
     if needs_x:
-        d_x = (d_scores * factor).transpose(1, 2) @ a + (p * keep * factor).transpose(1, 2) @ d_acc
+        channels = x.shape[-1]
+        d_x = (d_scores * factor).transpose(1, 2) @ form[:, :channels].transpose(1, 2)
+        d_x = d_x + (p * keep * factor).transpose(1, 2) @ d_sums[:, :channels].transpose(1, 2)
         d_x = d_x.to(x.dtype).reshape(x.shape)
     if needs_r:
-        d_r = (d_scores * form + p * keep * u).sum(1).reshape(x.shape[:-1])
-    return d_a, d_tables, d_x, d_r
+        d_r = (d_scores * scores + p * keep * u).sum(1).reshape(x.shape[:-1])
+    return d_form, d_x, d_r
