@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -113,9 +114,13 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("threading", [] { return std::string(pk::threading()); }, "Thread pool in use.");
   module.def(
       "exp_rate",
-      [](double seconds) {
-        const py::gil_scoped_release unlocked;
-        return pk::cpu_ops().exp_rate(seconds);
+      [](double seconds, int threads) {
+        std::vector<double> rates(static_cast<size_t>(threads));
+        run(threads, [&] {
+          pk::parallel_for(threads, [&](int64_t i) { rates[static_cast<size_t>(i)] = pk::cpu_ops().exp_rate(seconds); });
+        });
+        return std::accumulate(rates.begin(), rates.end(), 0.0);
       },
-      py::arg("seconds") = 0.05, "Bare vector exponentials per second of one thread, operands in L1.");
+      py::arg("seconds") = 0.05, py::arg("threads") = 1,
+      "Bare vector exponentials per second of so many threads together, operands in L1.");
 }

@@ -109,15 +109,19 @@ inline void for_each_part(const Form<T>& form, const TensorView& channels, const
   f(form.column, RowsView<T>(tables[axes - 1], batch_index, first_row));
 }
 
+// Entries of a view lie a page apart or so, beyond what the processor fetches ahead by itself.
+constexpr int64_t kEntriesAhead = 12;
+
 // packed[entry][row] = factor[row] * view[row][entry]; the rows beyond the last are zero.
 template <class T>
 inline void pack(T* packed, const RowsView<T>& view, int64_t rows, const T* factor) {
-  constexpr int width = group_rows<T>;
+  constexpr int lanes = Simd<T>::lanes, width = group_rows<T>;
   for (int64_t e = 0; e < view.entries; ++e) {
     const T* source = view.data + e * view.entry_stride;
+    __builtin_prefetch(source + kEntriesAhead * view.entry_stride);
     T* target = packed + e * width;
     if (view.row_stride == 1 && rows == width) {
-      for (int i = 0; i < width; ++i) target[i] = factor[i] * source[i];
+      for (int i = 0; i < width; i += lanes) store<T>(target + i, load_unaligned(factor + i) * load_unaligned(source + i));
     } else {
       for (int64_t i = 0; i < width; ++i) target[i] = i < rows ? factor[i] * source[i * view.row_stride] : T(0);
     }
@@ -127,12 +131,13 @@ inline void pack(T* packed, const RowsView<T>& view, int64_t rows, const T* fact
 // view[row][entry] = factor[row] * packed[entry][row]
 template <class T>
 inline void unpack(const RowsView<T>& view, const T* packed, int64_t rows, const T* factor) {
-  constexpr int width = group_rows<T>;
+  constexpr int lanes = Simd<T>::lanes, width = group_rows<T>;
   for (int64_t e = 0; e < view.entries; ++e) {
     const T* source = packed + e * width;
     T* target = view.data + e * view.entry_stride;
+    __builtin_prefetch(target + kEntriesAhead * view.entry_stride, 1);
     if (view.row_stride == 1 && rows == width) {
-      for (int i = 0; i < width; ++i) target[i] = factor[i] * source[i];
+      for (int i = 0; i < width; i += lanes) store_unaligned<T>(target + i, load_unaligned(factor + i) * load(source + i));
     } else {
       for (int64_t i = 0; i < rows; ++i) target[i * view.row_stride] = factor[i] * source[i];
     }
@@ -201,26 +206,40 @@ class TileMemory {
 // The packed tokens' smallest and largest values per channel; NaN everywhere if any value is NaN or infinite.
 template <class T, int C>
 inline void find_extent(const T* tokens, int count, int64_t channels, T* extent) {
-  const int64_t values = (C ? C : channels) + 1;
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t values = (C ? C : channels) + 1, all = count * values;
   T* low = extent;
   T* high = extent + values;
-  T not_finite[C ? C + 1 : 1] = {};
+  T not_finite = 0;
   for (int64_t c = 0; c < values; ++c) {
     low[c] = std::numeric_limits<T>::infinity();
     high[c] = -std::numeric_limits<T>::infinity();
   }
-  for (int j = 0; j < count; ++j) {
-    const T* token = tokens + j * values;
-    for (int64_t c = 0; c < values; ++c) {
-      low[c] = token[c] < low[c] ? token[c] : low[c];
-      high[c] = token[c] > high[c] ? token[c] : high[c];
-      not_finite[C ? c : 0] += token[c] * T(0);
+  const auto include = [&](int64_t c, T smallest, T largest) {
+    low[c] = smallest < low[c] ? smallest : low[c];
+    high[c] = largest > high[c] ? largest : high[c];
+  };
+  int64_t i = 0;
+  if constexpr (C > 0) {  // after C + 1 vectors, the lanes stand for the same channels again
+    constexpr int period = (C + 1) * lanes;
+    Vec<T> lowest[C + 1], highest[C + 1], check = {};
+    for (; i + period <= all; i += period) {
+      PK_UNROLL
+      for (int q = 0; q <= C; ++q) {
+        const Vec<T> value = load_unaligned(tokens + i + q * lanes);
+        lowest[q] = i ? smaller<T>(value, lowest[q]) : value;
+        highest[q] = i ? larger<T>(value, highest[q]) : value;
+        check += value * T(0);
+      }
     }
+    for (int q = 0; q < period && i; ++q) include(q % (C + 1), lowest[q / lanes][q % lanes], highest[q / lanes][q % lanes]);
+    for (int q = 0; q < lanes; ++q) not_finite += check[q];
   }
-  for (T check : not_finite) {
-    if (check == check) continue;
-    for (int64_t c = 0; c < 2 * values; ++c) extent[c] = std::numeric_limits<T>::quiet_NaN();
+  for (; i < all; ++i) {
+    include(i % values, tokens[i], tokens[i]);
+    not_finite += tokens[i] * T(0);
   }
+  if (not_finite != T(0)) std::fill(extent, extent + 2 * values, std::numeric_limits<T>::quiet_NaN());
 }
 
 template <class T, class X, int C>

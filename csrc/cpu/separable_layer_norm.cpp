@@ -9,6 +9,25 @@
 namespace pk {
 namespace {
 
+// planes[c][j] = source[j * step + c * channel_step]
+template <class T, class X>
+void to_planes(const X* source, int64_t step, int64_t channel_step, int64_t channels, int64_t count, T* planes,
+               int64_t plane_step) {
+  if (channels == 3 && step == 3 && channel_step == 1) {  // pixels: the compiler makes shuffles of this
+    T *red = planes, *green = planes + plane_step, *blue = planes + 2 * plane_step;
+    for (int64_t j = 0; j < count; ++j) {
+      red[j] = convert<T>(source[3 * j]);
+      green[j] = convert<T>(source[3 * j + 1]);
+      blue[j] = convert<T>(source[3 * j + 2]);
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    T* plane = planes + c * plane_step;
+    for (int64_t j = 0; j < count; ++j) plane[j] = convert<T>(source[j * step + c * channel_step]);
+  }
+}
+
 template <class T>
 struct Statistics {
   const TensorView& x;
@@ -46,13 +65,15 @@ struct Statistics {
     for (int64_t first = 0; first < columns; first += block) {
       const int64_t count = columns - first < block ? columns - first : block;
       for (int64_t j = 0; j < count; ++j) mean[j] = outer_sum + column_sums[first + j];
+      to_planes(source + first * step, step, x.stride(-1), channels, count, planes.get(), block);
       for (int64_t c = 0; c < channels; ++c) {
         T* plane = planes.get() + c * block;
         const T factor = scale.defined() ? scale.as<const T>()[c * scale.stride(0)] : T(1);
         const T offset = shift.defined() ? shift.as<const T>()[c * shift.stride(0)] : T(0);
-        const X* channel = source + first * step + c * x.stride(-1);
-        for (int64_t j = 0; j < count; ++j) plane[j] = convert<T>(channel[j * step]) * factor + offset;
-        for (int64_t j = 0; j < count; ++j) mean[j] += plane[j];
+        for (int64_t j = 0; j < count; ++j) {
+          plane[j] = plane[j] * factor + offset;
+          mean[j] += plane[j];
+        }
       }
       for (int64_t j = 0; j < count; ++j) {
         mean[j] /= width;

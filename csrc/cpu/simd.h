@@ -47,6 +47,16 @@ template <class T>
 inline void store(T* target, Vec<T> value) {
   *reinterpret_cast<Vec<T>*>(target) = value;
 }
+template <class T>
+inline Vec<T> load_unaligned(const T* source) {
+  Vec<T> value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
+template <class T>
+inline void store_unaligned(T* target, Vec<T> value) {
+  std::memcpy(target, &value, sizeof(value));
+}
 // value - 0 is value for every value, so this compiles to one broadcast; value + 0 would not (-0).
 template <class T>
 inline Vec<T> broadcast(T value) {

@@ -69,9 +69,9 @@ def git_commit() -> str | None:
 
 
 def exponentials_per_second(seconds: float = 0.1) -> float | None:
-    """The bare vector exponential on every thread, measured on one and multiplied; None without the extension."""
+    """The bare vector exponential on all of torch's threads at once; None without the extension."""
     try:
-        return native().exp_rate(seconds) * torch.get_num_threads()
+        return native().exp_rate(seconds, torch.get_num_threads())
     except (ImportError, AttributeError):
         return None
 
