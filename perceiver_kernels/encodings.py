@@ -118,8 +118,6 @@ class FourierGrid:
     def summands(
         self,
         data_channels: int,
-        *,
-        centred: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
@@ -127,12 +125,8 @@ class FourierGrid:
 
         The first c = data_channels rows are unit vectors, to be weighted by the data; then each position of each axis
         has its features, zero at the other axes' channels. A token is the sum of the former and one row per axis.
-
-        Args:
-            centred: takes each row's mean off, so that the rows are what tokens minus their means are sums of.
         """
-        what = "centred_summands" if centred else "summands"
-        return self._constants(f"{what} {data_channels}", device, dtype)[0]
+        return self._constants(f"summands {data_channels}", device, dtype)[0]
 
     def channel_index(self) -> tuple[Tensor, ...]:
         """Per axis (e_k,), int64, CPU: where the columns of its table stand among the num_channels channels."""
@@ -297,17 +291,12 @@ def _summands(grid: FourierGrid, data_channels: int) -> list[Tensor]:
     return [torch.cat(rows)]
 
 
-def _centred_summands(grid: FourierGrid, data_channels: int) -> list[Tensor]:
-    return [rows - rows.mean(1, keepdim=True) for rows in _summands(grid, data_channels)]
-
-
 _COMPUTE: dict[str, Callable[..., list[Tensor]]] = {
     "tables": _tables,
     "sums": _sums,
     "squares": _squares,
     "channels": _channels,
     "summands": _summands,
-    "centred_summands": _centred_summands,
 }
 
 

@@ -16,23 +16,24 @@ constexpr double kLazyMargin = 32.0;
 // State of the online softmax for one group of rows: sums of 2^(score - reference).
 template <class T>
 struct SoftmaxState {
-  Form<T> weighted;  // acc and marginals
-  T* sum;            // of 2^(score - reference)
-  T* kept;           // the same after dropout
-  T* reference;      // in powers of two
+  FormSums<T> weighted;  // acc and marginals
+  T* sum;                // of 2^(score - reference)
+  T* kept;               // the same after dropout
+  T* reference;          // in powers of two
 
-  static int64_t entries(const Geometry& g) { return Form<T>::entries(g) + 3; }
+  static int64_t sums(const Geometry& g) { return FormSums<T>::entries(g) + 2; }
+  static int64_t entries(const Geometry& g) { return sums(g) + 1; }
   static SoftmaxState at(T* memory, const Geometry& g) {
-    T* tail = memory + Form<T>::entries(g) * group_rows<T>;
-    return {Form<T>::at(memory, g), tail, tail + group_rows<T>, tail + 2 * group_rows<T>};
+    T* tail = memory + FormSums<T>::entries(g) * group_rows<T>;
+    return {FormSums<T>::at(memory, g), tail, tail + group_rows<T>, tail + 2 * group_rows<T>};
   }
   void clear(T* memory, const Geometry& g) {
     std::memset(memory, 0, sizeof(T) * static_cast<size_t>(entries(g) * group_rows<T>));
     for (int i = 0; i < group_rows<T>; ++i) reference[i] = -std::numeric_limits<T>::infinity();
   }
   void scale(const Geometry& g, const Vec<T>* factor) {
-    T* memory = weighted.channels;
-    for (int64_t e = 0; e < Form<T>::entries(g) + 2; ++e) {
+    T* memory = weighted.form.channels;
+    for (int64_t e = 0; e < sums(g); ++e) {
       for (int v = 0; v < kRowVectors; ++v) {
         T* entry = memory + e * group_rows<T> + v * Simd<T>::lanes;
         store<T>(entry, load(entry) * factor[v]);
@@ -212,7 +213,7 @@ struct Rows {
     const T* tokens;
     const int32_t* index;
     int count;
-    int64_t column_offset;  // of the tables, in elements
+    int64_t column_offset, strip_offset;  // of the first token's entry in a table and in a strip of it
   };
 
   template <class F>
@@ -221,7 +222,7 @@ struct Rows {
     for (int k = 0; k < count; k += kBlockTokens) {
       const int64_t column = g.strip_begin(tile.strip) + (Indexed ? 0 : k);
       f(Block{tile.row_tokens(o) + k * (g.channels + 1), Indexed ? tile.row_index(o) + k : nullptr,
-              std::min(kBlockTokens, count - k), column * width},
+              std::min(kBlockTokens, count - k), column * width, (Indexed ? 0 : k) * width},
         o * g.columns + column);
     }
   }
@@ -292,18 +293,20 @@ struct Rows {
           weights[k] *= load(keep + k * lanes);
         }
       }
+      Vec<T> block_outer[kRowVectors] = {}, block_kept[kRowVectors] = {};
       accumulate<T, C, Indexed, true>(b.tokens, b.index, b.count, g.channels, weights, sums.data,
-                                      state.weighted.column + b.column_offset, outer_weight, kept);
+                                      state.weighted.recent + b.strip_offset, block_outer, block_kept);
+      for (int v = 0; v < kRowVectors; ++v) outer_weight[v] += block_outer[v], kept[v] += block_kept[v];
     });
-    add_outer(state.weighted, g, index, outer_weight);
-    sums.add_to(state.weighted.channels);
+    add_outer(state.weighted.form, g, index, outer_weight);
+    sums.add_to(state.weighted.form.channels);
     for (int v = 0; v < kRowVectors; ++v) {
       store<T>(state.kept + v * lanes, load(state.kept + v * lanes) + kept[v]);
       store<T>(state.sum + v * lanes, load(state.sum + v * lanes) + (in.dropout.p > 0 ? sum[v] : kept[v]));
     }
   }
 
-  void backward(const BackwardGroup<T>& row, const Form<T>& gradient, const Tile<T>& tile, int64_t o) const {
+  void backward(const BackwardGroup<T>& row, const FormSums<T>& gradient, const Tile<T>& tile, int64_t o) const {
     if (tile.row_count(o) == 0) return;
     int64_t index[kMaxDims];
     g.outer_index(o, true, index);
@@ -337,11 +340,13 @@ struct Rows {
       } else {
         evaluate_block<true>(b, row.upstream, upstream_outer, upstream_constant, p);
       }
+      Vec<T> block_outer[kRowVectors] = {};
       accumulate<T, C, Indexed, false>(b.tokens, b.index, b.count, g.channels, p, sums.data,
-                                       gradient.column + b.column_offset, outer_gradient, unused);
+                                       gradient.recent + b.strip_offset, block_outer, unused);
+      for (int v = 0; v < kRowVectors; ++v) outer_gradient[v] += block_outer[v];
     });
-    add_outer(gradient, g, index, outer_gradient);
-    sums.add_to(gradient.channels);
+    add_outer(gradient.form, g, index, outer_gradient);
+    sums.add_to(gradient.form.channels);
   }
 
   // Sums over one tile row, added to the long-running sums at its end: short sums lose less to rounding.
@@ -431,8 +436,8 @@ void merge(SoftmaxState<T>& into, SoftmaxState<T>& from, const Geometry& g) {
   }
   into.scale(g, scale_into);
   from.scale(g, scale_from);
-  for (int64_t e = 0; e < (Form<T>::entries(g) + 2) * group_rows<T>; ++e)
-    into.weighted.channels[e] += from.weighted.channels[e];
+  for (int64_t e = 0; e < SoftmaxState<T>::sums(g) * group_rows<T>; ++e)
+    into.weighted.form.channels[e] += from.weighted.form.channels[e];
 }
 
 template <class T>
@@ -440,7 +445,7 @@ void write_outputs(const SoftmaxState<T>& state, const SeparableOutputs& out, in
                    int64_t rows, bool dropout) {
   T factor[group_rows<T>];
   for (int64_t i = 0; i < group_rows<T>; ++i) factor[i] = state.sum[i] == 0 ? T(0) : T(1) / state.sum[i];
-  for_each_part(state.weighted, out.acc, out.marginals, batch_index, first_row,
+  for_each_part(state.weighted.form, out.acc, out.marginals, batch_index, first_row,
                 [&](const T* packed, const RowsView<T>& view) { unpack(view, packed, rows, factor); });
   double* lse = out.lse.as<double>() + batch_index * out.lse.stride(0) + first_row * out.lse.stride(1);
   T* total = out.total.as<T>() + batch_index * out.total.stride(0) + first_row * out.total.stride(1);
@@ -485,6 +490,7 @@ void forward(const SeparableInputs& in, const SeparableOutputs& out) {
           const auto score = ScoreForm<T>::at(scores.get() + i * score_size, g);
           auto state = SoftmaxState<T>::at(state_memory(i), g);
           for (int64_t o = tile.outer_begin; o < tile.outer_end; ++o) task.forward(score, state, tile, o);
+          state.weighted.settle(g, tile.strip);
         }
       });
       for (int64_t i = 0; i < count && !shared; ++i) {
@@ -514,7 +520,7 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
   const Geometry g(in);
   const WorkPlan plan(g, group_rows<T>);
   const int64_t group_size = BackwardGroup<T>::entries(g) * group_rows<T>,
-                sum_size = Form<T>::entries(g) * group_rows<T>;
+                sum_size = FormSums<T>::entries(g) * group_rows<T>;
   const bool shared = plan.splits > 1;
   const AlignedBuffer<T> shared_sums(shared ? g.batch * plan.groups * plan.splits * sum_size : 0);
   T one[group_rows<T>];
@@ -546,8 +552,9 @@ void backward_rows(const SeparableInputs& in, const SeparableOutputs& saved, con
         for (int64_t i = 0; i < count; ++i) {
           const Task task{in, g, batch_index, (first + i) * group_rows<T>};
           const auto group = BackwardGroup<T>::at(groups.get() + i * group_size, g);
-          const auto gradient = Form<T>::at(sum_memory(i), g);
+          const auto gradient = FormSums<T>::at(sum_memory(i), g);
           for (int64_t o = tile.outer_begin; o < tile.outer_end; ++o) task.backward(group, gradient, tile, o);
+          gradient.settle(g, tile.strip);
         }
       });
       for (int64_t i = 0; i < count && !shared; ++i)

@@ -83,6 +83,26 @@ struct Form {
   }
 };
 
+// Sums of the shape of a form. The columns' collect in `recent` while a tile is worked on, for short sums lose less to
+// rounding than long ones.
+template <class T>
+struct FormSums {
+  Form<T> form;
+  T* recent;  // [strip_width]
+
+  static int64_t entries(const Geometry& g) { return Form<T>::entries(g) + g.strip_width; }
+  static FormSums at(T* memory, const Geometry& g) {
+    return {Form<T>::at(memory, g), memory + Form<T>::entries(g) * group_rows<T>};
+  }
+  void settle(const Geometry& g, int64_t strip) const {
+    T* column = form.column + g.strip_begin(strip) * group_rows<T>;
+    for (int64_t i = 0; i < g.strip_size(strip) * group_rows<T>; i += Simd<T>::lanes) {
+      store<T>(column + i, load(column + i) + load(recent + i));
+      store<T>(recent + i, Vec<T>{});
+    }
+  }
+};
+
 // One [rows, entries] part of a form in its tensor, seen from its first row of interest.
 template <class T>
 struct RowsView {

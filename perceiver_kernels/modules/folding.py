@@ -127,14 +127,16 @@ def _separable(
     assert kv_weight is not None
     x = data.reshape(data.shape[0], *grid.shape, data.shape[-1])
     on_grid = None if mask is None else mask.reshape(x.shape[:-1])
-    normalise, r = eps is not None, None
+    r = None
     if eps is not None:
         sums, squares = grid.feature_sums(query.device, query.dtype)
         r = separable_layer_norm(x, sums, squares, feature_channels=grid.num_channels, eps=eps)
 
-    # LayerNorm's centring goes into the summands, its gain into the weights, its bias into a constant.
-    summands = grid.summands(x.shape[-1], centred=normalise, device=query.device, dtype=query.dtype)
-    projected = F.linear(summands, kv_weight if norm_weight is None else kv_weight * norm_weight)
+    # LayerNorm's gain and centring go into the weights, its bias into a constant.
+    weight = kv_weight if norm_weight is None else kv_weight * norm_weight
+    if eps is not None:
+        weight = weight - weight.mean(1, keepdim=True)
+    projected = F.linear(grid.summands(x.shape[-1], query.device, query.dtype), weight)
     keys, values = projected.unflatten(1, (2, heads, -1)).permute(1, 2, 0, 3)  # heads, entries, head_dim
     q = (scale * query).unflatten(2, (heads, -1)).permute(0, 2, 3, 1)  # batch or 1, heads, head_dim, queries
     form = (keys @ q).transpose(1, 2).flatten(2)
