@@ -117,7 +117,8 @@ PYBIND11_MODULE(_cpu, module) {
       [](double seconds, int threads) {
         std::vector<double> rates(static_cast<size_t>(threads));
         run(threads, [&] {
-          pk::parallel_for(threads, [&](int64_t i) { rates[static_cast<size_t>(i)] = pk::cpu_ops().exp_rate(seconds); });
+          pk::parallel_for(threads,
+                           [&](int64_t i) { rates[static_cast<size_t>(i)] = pk::cpu_ops().exp_rate(seconds); });
         });
         return std::accumulate(rates.begin(), rates.end(), 0.0);
       },

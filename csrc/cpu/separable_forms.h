@@ -141,7 +141,8 @@ inline void pack(T* packed, const RowsView<T>& view, int64_t rows, const T* fact
     __builtin_prefetch(source + kEntriesAhead * view.entry_stride);
     T* target = packed + e * width;
     if (view.row_stride == 1 && rows == width) {
-      for (int i = 0; i < width; i += lanes) store<T>(target + i, load_unaligned(factor + i) * load_unaligned(source + i));
+      for (int i = 0; i < width; i += lanes)
+        store<T>(target + i, load_unaligned(factor + i) * load_unaligned(source + i));
     } else {
       for (int64_t i = 0; i < width; ++i) target[i] = i < rows ? factor[i] * source[i * view.row_stride] : T(0);
     }
@@ -157,7 +158,8 @@ inline void unpack(const RowsView<T>& view, const T* packed, int64_t rows, const
     T* target = view.data + e * view.entry_stride;
     __builtin_prefetch(target + kEntriesAhead * view.entry_stride, 1);
     if (view.row_stride == 1 && rows == width) {
-      for (int i = 0; i < width; i += lanes) store_unaligned<T>(target + i, load_unaligned(factor + i) * load(source + i));
+      for (int i = 0; i < width; i += lanes)
+        store_unaligned<T>(target + i, load_unaligned(factor + i) * load(source + i));
     } else {
       for (int64_t i = 0; i < rows; ++i) target[i * view.row_stride] = factor[i] * source[i];
     }
@@ -252,7 +254,8 @@ inline void find_extent(const T* tokens, int count, int64_t channels, T* extent)
         check += value * T(0);
       }
     }
-    for (int q = 0; q < period && i; ++q) include(q % (C + 1), lowest[q / lanes][q % lanes], highest[q / lanes][q % lanes]);
+    for (int q = 0; q < period && i; ++q)
+      include(q % (C + 1), lowest[q / lanes][q % lanes], highest[q / lanes][q % lanes]);
     for (int q = 0; q < lanes; ++q) not_finite += check[q];
   }
   for (; i < all; ++i) {

@@ -32,9 +32,7 @@ def _sums(weights: Tensor, x: Tensor) -> Tensor:
     return torch.cat((weights @ x.flatten(1, -2), *marginals), 2).transpose(1, 2).contiguous()
 
 
-def _weights(
-    form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weights(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The form over tokens, r as (batch, 1, M), the scores' log-sum-exp and their softmax."""
     form = _over_tokens(form, x)
     factor = form.new_ones(1, 1, 1) if r is None else r.flatten(1)[:, None]
