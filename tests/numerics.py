@@ -19,8 +19,8 @@ class Tolerance:
 
 # The table. Loosening an entry needs a reason beside it.
 TOLERANCES = {
-    # The truth is itself float64, so plain's error reads zero and the truth's own rounding counts as ours. Against 80-bit
-    # arithmetic, d_a of separable attention on 150 x 130 tokens is off by 129 units in plain float64 and by 22 in ours.
+    # The truth is itself float64, so plain's error reads zero and the truth's own rounding counts as ours. Against
+    # 80-bit arithmetic, d_a of separable attention on 150 x 130 tokens is off by 129 units in plain, by 22 in ours.
     torch.float64: Tolerance(2.0, 256.0, 1e-11),
     torch.float32: Tolerance(2.0, 16.0, 2e-5),
     torch.bfloat16: Tolerance(2.0, 2.0, 2e-2),

@@ -1,8 +1,8 @@
 """LayerNorm, keys and values folded around separable attention, and the choice between the paths of cross-attention.
 
-A token is z = [x ; features of its position on each axis]: a sum of data channels and one row of features per axis. Keys
-and values are linear in LayerNorm(z), so those summands are projected instead of the tokens: there is one per position
-of an axis, not one per position of the grid (docs/separable_attention.md).
+A token is z = [x ; features of its position on each axis]: a sum of data channels and one row of features per axis.
+Keys and values are linear in LayerNorm(z), so those summands are projected instead of the tokens: there is one per
+position of an axis, not one per position of the grid (docs/separable_attention.md).
 """
 
 from __future__ import annotations
