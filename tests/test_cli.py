@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perceiver_kernels.benchmarking import bars, compare, measure, providers
+from perceiver_kernels.benchmarking import bars, compare, encoder_bars, measure, providers
 from perceiver_kernels.benchmarking.cases import CASES, MODES, Case
 from perceiver_kernels.benchmarking.plain import ExactCrossAttention, ExpertCrossAttention
 from perceiver_kernels.cli import demo, env, main, photograph
@@ -278,15 +278,15 @@ def test_a_provider_that_fails_leaves_the_others(capsys):
 def test_every_bar_is_measured(monkeypatch):
     for name in CASES:
         monkeypatch.setitem(CASES, name, SMALL)
-    monkeypatch.setattr(bars, "EXPERTS", ("expert",))
-    measured = list(bars.all_bars(bars.Recorder(FAST, lambda line: None)))
+    monkeypatch.setattr(encoder_bars, "EXPERTS", ("expert",))
+    measured = list(bars.measured(encoder_bars.GROUPS, bars.Recorder(FAST, lambda line: None)))
     assert [bar.what for bar in measured if bar.value is None] == []
     assert all(len(bars.row(bar)) == len(bars.HEADER) for bar in measured)
 
 
 def test_strict_bars(monkeypatch, capsys):
     kept = [bars.Bar("speed", 2.0, 3.0, at_least=True), bars.Bar("error", 1.0, 1.5, at_least=False)]
-    monkeypatch.setattr(bars, "all_bars", lambda recorder: iter(kept))
+    monkeypatch.setattr(bars, "measured", lambda groups, recorder: iter(kept))
     assert main(["bench", "--bars"]) == 0
     assert main(["bench", "--bars", "--strict"]) == 1
     out = capsys.readouterr().out

@@ -45,11 +45,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention from `x` to `context`, or to itself."""
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, qkv_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(query_dim, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=False)
+        self.to_q = nn.Linear(query_dim, heads * head_dim, bias=qkv_bias)
+        self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=qkv_bias)
         self.to_out = nn.Linear(heads * head_dim, query_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -77,6 +77,17 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, 8 * dim), GEGLU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class MLP(nn.Module):
+    """Linear, GELU, linear: the MLP of the released models."""
+
+    def __init__(self, dim: int, mult: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU(), nn.Linear(mult * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -202,3 +213,28 @@ class PlainPerceiver(nn.Module):
         for step in steps:
             x = step(x) + x
         return self.to_logits(x.mean(dim=1))
+
+
+class PlainTower(nn.Module):
+    """The latent tower of the released models: pre-norm self-attention and MLP, `layers` times, each with a residual.
+
+    Maps (batch, N, dim) to (batch, N, dim); queries, keys and values have biases.
+    """
+
+    def __init__(self, dim: int, layers: int, heads: int, mult: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PreNorm(dim, Attention(dim, dim, heads, dim // heads, qkv_bias=True)),
+                    PreNorm(dim, MLP(dim, mult)),
+                ]
+            )
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, mlp in self.layers:  # type: ignore[misc]
+            x = x + attention(x)
+            x = x + mlp(x)
+        return x

@@ -109,13 +109,13 @@ def _perceiver_pytorch(case: Case) -> nn.Module:
     return Perceiver(**perceiver_arguments(case))
 
 
-def _needs_perceiver_pytorch() -> str | None:
+def needs_perceiver_pytorch() -> str | None:
     if importlib.util.find_spec("perceiver_pytorch") is None:
         return "not installed: pip install perceiver-pytorch"
     return None
 
 
-def _needs_compiler() -> str | None:
+def needs_compiler() -> str | None:
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         return "torch.compile needs a C++ compiler"
     return None
@@ -153,7 +153,7 @@ PROVIDERS = {
             "the most used implementation, as it is",
             PerceiverPytorchCrossAttention,
             _floats_perceiver_pytorch,
-            _needs_perceiver_pytorch,
+            needs_perceiver_pytorch,
             _perceiver_pytorch,
         ),
         Provider(
@@ -164,7 +164,7 @@ PROVIDERS = {
             perceiver=lambda case: PlainPerceiver(case, ExpertCrossAttention(case)),
         ),
         Provider(
-            "expert-compiled", "the same under torch.compile", _compiled, _floats_plain, _needs_compiler, compiled=True
+            "expert-compiled", "the same under torch.compile", _compiled, _floats_plain, needs_compiler, compiled=True
         ),
         Provider(
             "expert-cached",
