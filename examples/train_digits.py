@@ -28,11 +28,11 @@ ARGUMENTS = {
     "depth": 2,
     "input_channels": 1,
     "input_axis": 2,
-    "num_latents": 64,
-    "latent_dim": 128,
+    "num_latents": 32,
+    "latent_dim": 64,
     "latent_heads": 4,
-    "latent_dim_head": 32,
-    "self_per_cross_attn": 2,
+    "latent_dim_head": 16,
+    "self_per_cross_attn": 1,
     "num_classes": 10,
 }
 SIZE = 32  # the 8 x 8 digits, each pixel repeated, so that the input is an image and not a handful of tokens
@@ -62,7 +62,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def train(name: str, model: nn.Module, data: tuple[Tensor, Tensor, Tensor, Tensor], epochs: int, seed: int) -> Run:
     images, labels, test_images, test_labels = data
     run = Run(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     shuffle = torch.Generator().manual_seed(seed)
     model.train()
     start = time.perf_counter()
