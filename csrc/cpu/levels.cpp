@@ -15,6 +15,9 @@
                             const TensorView&, int64_t, double, const TensorView&);                      \
   void fourier_encode_grid(const FourierTables&, const TensorView&, const TensorView&);                  \
   void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                 \
+  void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                  \
+  void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&,                \
+                            const LatentGradients&);                                                     \
   double exp_rate(double);                                                                               \
   constexpr CpuOps ops(const char* name, int vector_bytes) {                                             \
     return {name,                                                                                        \
@@ -24,6 +27,8 @@
             separable_layer_norm,                                                                        \
             fourier_encode_grid,                                                                         \
             fourier_encode_points,                                                                       \
+            latent_attention_fwd,                                                                        \
+            latent_attention_bwd,                                                                        \
             exp_rate};                                                                                   \
   }                                                                                                      \
   }

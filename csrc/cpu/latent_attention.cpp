@@ -1,0 +1,564 @@
+// Self-attention over latents on the CPU, forward and backward: softmax(scale q k^T) v, block by block, so that no score
+// matrix is stored. Compiled once per instruction set.
+//
+// Everything is computed in float (double for double): 16-bit inputs are widened when they are packed (panels.h).
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "../ops.h"
+#include "aligned_buffer.h"
+#include "gemm_tiles.h"
+#include "panels.h"
+#include "parallel.h"
+#include "philox.h"
+
+namespace pk {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// Scores of a block of queries and keys stay in the second-level cache together with the operands of their products.
+constexpr int kQueryBlock = 96;
+constexpr int kKeyBlock = 128;
+// Rows of scores are an odd number of cache lines apart, so that a column of them does not compete for one set.
+template <class T>
+constexpr int score_step = kKeyBlock + 64 / static_cast<int>(sizeof(T));
+template <class T>
+constexpr int score_entries = kQueryBlock* score_step<T>;
+
+struct Sizes {
+  int64_t batch, heads, queries, keys, head_dim, head_dim_v;
+
+  explicit Sizes(const LatentInputs& in)
+      : batch(in.q.size(0)),
+        heads(in.q.size(1)),
+        queries(in.q.size(2)),
+        keys(in.k.size(2)),
+        head_dim(in.q.size(3)),
+        head_dim_v(in.v.size(3)) {}
+
+  int64_t all_heads() const { return batch * heads; }
+  int64_t query_blocks() const { return blocks(queries, kQueryBlock); }
+  int64_t key_blocks() const { return blocks(keys, kKeyBlock); }
+};
+
+// Part of the queries or of the keys.
+struct Range {
+  int64_t first, count;
+
+  static Range block(int64_t index, int64_t size, int64_t total) {
+    return {index * size, std::min(size, total - index * size)};
+  }
+};
+
+// Keys as columns of q k^T: panels of tile_width keys, channel after channel.
+template <class T, class X>
+void pack_columns(const Matrix<const X>& source, const Range& keys, int64_t channels, T* panels) {
+  constexpr int width = tile_width<T>;
+  for (int64_t m = 0; m < keys.count; m += width) {
+    const int64_t first = keys.first + m;
+    const Matrix<const X> rows{source.row(first), source.row_step, source.channel_step};
+    pack_transposed<T>(rows, std::min<int64_t>(width, keys.count - m), channels, T(1), width, panels + first * channels);
+  }
+}
+
+// Rows as the right operand of a product that sums over them.
+template <class T, class X>
+void pack_rows(const Matrix<const X>& source, const Range& range, int64_t channels, int64_t all_rows, T* panels) {
+  constexpr int width = tile_width<T>;
+  const Matrix<const X> rows{source.row(range.first), source.row_step, source.channel_step};
+  pack_panels<T>(rows, range.count, channels, width, all_rows * width, panels + range.first * width);
+}
+
+// Rows of a query block as the left operand of a product that sums over channels.
+template <class T, class X>
+void pack_queries(const Matrix<const X>& source, const Range& range, int64_t channels, T factor, T* packed) {
+  const Matrix<const X> rows{source.row(range.first), source.row_step, source.channel_step};
+  pack_transposed<T>(rows, range.count, channels, factor, kQueryBlock, packed);
+}
+
+template <class T>
+inline T lane_sum(Vec<T> value) {
+  T total = value[0];
+  for (int lane = 1; lane < Simd<T>::lanes; ++lane) total += value[lane];
+  return total;
+}
+template <class T>
+inline T lane_maximum(Vec<T> value) {
+  T largest = value[0];
+  for (int lane = 1; lane < Simd<T>::lanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+  return largest;
+}
+
+// 2^(score - reference) in place for `count` scores, rounded up to whole vectors; returns their sum. No score is above the
+// reference. A NaN stays NaN.
+template <class T>
+inline T exponentiate(T* scores, int64_t count, T reference) {
+  constexpr int lanes = Simd<T>::lanes, step = 4;
+  const Vec<T> shift = broadcast(reference);
+  Vec<T> sum[step] = {};
+  int64_t j = 0;
+  for (; j + (step - 1) * lanes < count; j += step * lanes) {
+    PK_UNROLL
+    for (int q = 0; q < step; ++q) {
+      const Vec<T> weight = exp2_any<T>(load(scores + j + q * lanes) - shift);
+      sum[q] += weight;
+      store<T>(scores + j + q * lanes, weight);
+    }
+  }
+  for (; j < count; j += lanes) {
+    const Vec<T> weight = exp2_any<T>(load(scores + j) - shift);
+    sum[0] += weight;
+    store<T>(scores + j, weight);
+  }
+  return lane_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Runs all heads: as many as divide evenly among the threads as one task each, in cache, the remaining ones split among
+// all threads. What is computed does not depend on which.
+template <class Whole, class Split>
+void for_each_head(int64_t heads, const Whole& whole, const Split& split) {
+  const int64_t remaining = heads % num_threads();
+  parallel_for(heads - remaining, whole);
+  if (remaining > 0) split(heads - remaining, remaining);
+}
+
+// ---- Forward
+
+template <class T, class X>
+class ForwardHead {
+ public:
+  ForwardHead(const LatentInputs& in, const LatentOutputs& out, int64_t index)
+      : in_(in),
+        out_(out),
+        sizes_(in),
+        batch_(index / sizes_.heads),
+        head_(index % sizes_.heads),
+        keys_(rounded_up(sizes_.keys, tile_width<T>) * sizes_.head_dim),
+        values_(sizes_.keys * rounded_up(sizes_.head_dim_v, tile_width<T>)) {}
+
+  void pack(int64_t key_block) {
+    const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
+    pack_columns<T>(matrix_of<const X>(in_.k, batch_, head_), keys, sizes_.head_dim, keys_.get());
+    pack_rows<T>(matrix_of<const X>(in_.v, batch_, head_), keys, sizes_.head_dim_v, sizes_.keys, values_.get());
+  }
+
+  void attend(int64_t query_block) const {
+    const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
+    State state(sizes_);
+    pack_queries<T>(matrix_of<const X>(in_.q, batch_, head_), queries, sizes_.head_dim,
+                    static_cast<T>(in_.scale * kLog2E), state.queries.get());
+    for (int64_t block = 0; block < sizes_.key_blocks(); ++block) {
+      const Range keys = Range::block(block, kKeyBlock, sizes_.keys);
+      score(state, queries.count, keys);
+      softmax_step(state, queries, keys);
+      accumulate(state, queries.count, keys);
+    }
+    finish(state, queries);
+  }
+
+ private:
+  // Of one query block: the online softmax (Milakov and Gimelshein 2018), with out not yet divided by the sums.
+  struct State {
+    int64_t out_step;
+    AlignedBuffer<T> queries, scores, out;
+    alignas(64) T maximum[kQueryBlock], sum[kQueryBlock], factor[kQueryBlock];
+    alignas(64) Vec<T> block_maximum[kQueryBlock];
+
+    explicit State(const Sizes& sizes)
+        : out_step(rounded_up(sizes.head_dim_v, tile_width<T>)),
+          queries(sizes.head_dim * kQueryBlock),
+          scores(score_entries<T>),
+          out(kQueryBlock * out_step) {
+      std::fill_n(out.get(), kQueryBlock * out_step, T(0));
+      std::fill_n(maximum, kQueryBlock, -std::numeric_limits<T>::infinity());
+      std::fill_n(sum, kQueryBlock, T(0));
+    }
+  };
+
+  // Stores scores and keeps the largest of each row, lane by lane; -inf for columns that are no keys.
+  struct StoreScores {
+    T* scores;
+    Vec<T>* maximum;
+    int64_t keys;
+
+    template <int Rows>
+    __attribute__((always_inline)) inline void operator()(int64_t i, int64_t c, const TileSums<T, Rows>& sums) const {
+      Vec<T> first[Rows], second[Rows];
+      PK_UNROLL_TILE
+      for (int r = 0; r < Rows; ++r) first[r] = sums.at[r][0], second[r] = sums.at[r][1];
+      if (c + tile_width<T> > keys) {
+        PK_UNROLL_TILE
+        for (int r = 0; r < Rows; ++r) {
+          for (int lane = 0; lane < Simd<T>::lanes; ++lane) {
+            if (c + lane >= keys) first[r][lane] = -std::numeric_limits<T>::infinity();
+            if (c + Simd<T>::lanes + lane >= keys) second[r][lane] = -std::numeric_limits<T>::infinity();
+          }
+        }
+      }
+      PK_UNROLL_TILE
+      for (int r = 0; r < Rows; ++r) {
+        T* row = scores + (i + r) * score_step<T> + c;
+        store<T>(row, first[r]);
+        store<T>(row + Simd<T>::lanes, second[r]);
+        maximum[i + r] = larger<T>(maximum[i + r], larger<T>(first[r], second[r]));
+      }
+    }
+  };
+
+  void score(State& state, int64_t queries, const Range& keys) const {
+    std::fill_n(state.block_maximum, kQueryBlock, broadcast(-std::numeric_limits<T>::infinity()));
+    multiply_block<T, 1, kQueryBlock>(state.queries.get(), queries, keys_.get() + keys.first * sizes_.head_dim,
+                                      tile_width<T> * sizes_.head_dim, sizes_.head_dim, keys.count,
+                                      StoreScores{state.scores.get(), state.block_maximum, keys.count});
+  }
+
+  void softmax_step(State& state, const Range& queries, const Range& keys) const {
+    alignas(64) T reference[kQueryBlock], block_maximum[kQueryBlock];
+    for (int64_t i = 0; i < kQueryBlock; ++i) block_maximum[i] = lane_maximum<T>(state.block_maximum[i]);
+    for (int64_t i = 0; i < kQueryBlock; i += Simd<T>::lanes) {
+      const Vec<T> before = load(state.maximum + i), after = larger<T>(before, load(block_maximum + i));
+      // Where all scores so far are -inf, any finite reference gives weights of zero.
+      const Vec<T> finite = at_least<T>(broadcast(std::numeric_limits<T>::lowest()), after);
+      store<T>(state.maximum + i, after);
+      store<T>(reference + i, finite);
+      const Vec<T> factor = exp2_any<T>(before - finite);
+      store<T>(state.factor + i, factor);
+      store<T>(state.sum + i, load(state.sum + i) * factor);
+    }
+    for (int64_t i = 0; i < queries.count; ++i) {
+      T* scores = state.scores.get() + i * score_step<T>;
+      state.sum[i] += exponentiate(scores, keys.count, reference[i]);
+      if (in_.dropout.p > 0) drop(scores, queries.first + i, keys);
+    }
+  }
+
+  void drop(T* weights, int64_t query, const Range& keys) const {
+    alignas(64) T keep[kKeyBlock];
+    dropout_row(in_.dropout, batch_, head_ * sizes_.queries + query, keys.first, keys.count, keep);
+    for (int64_t j = 0; j < keys.count; ++j) weights[j] *= keep[j];
+  }
+
+  // out = factor * out + weights v
+  void accumulate(State& state, int64_t queries, const Range& keys) const {
+    const int64_t step = state.out_step;
+    T* out = state.out.get();
+    const T* factor = state.factor;
+    multiply_block<T, score_step<T>, 1>(
+        state.scores.get(), queries, values_.get() + keys.first * tile_width<T>, sizes_.keys * tile_width<T>,
+        keys.count, sizes_.head_dim_v, [=](int64_t i, int64_t c, const auto& sums) __attribute__((always_inline)) {
+          constexpr int rows = sizeof(sums.at) / sizeof(sums.at[0]);
+          PK_UNROLL_TILE
+          for (int r = 0; r < rows; ++r) {
+            T* row = out + (i + r) * step + c;
+            const Vec<T> rescale = broadcast(factor[i + r]);
+            store<T>(row, load(row) * rescale + sums.at[r][0]);
+            store<T>(row + Simd<T>::lanes, load(row + Simd<T>::lanes) * rescale + sums.at[r][1]);
+          }
+        });
+  }
+
+  void finish(const State& state, const Range& queries) const {
+    const Matrix<X> out = matrix_of<X>(out_.out, batch_, head_);
+    T* lse = out_.lse.template as<T>() + (batch_ * sizes_.heads + head_) * sizes_.queries + queries.first;
+    for (int64_t i = 0; i < queries.count; ++i) {
+      const T sum = state.sum[i];  // zero where all scores are -inf: such a query gets zeros
+      write_row(state.out.get() + i * state.out_step, sum == 0 ? T(0) : 1 / sum, sizes_.head_dim_v,
+                out.row(queries.first + i));
+      lse[i] = static_cast<T>(kLn2 * (static_cast<double>(state.maximum[i]) + std::log2(static_cast<double>(sum))));
+    }
+  }
+
+  const LatentInputs& in_;
+  const LatentOutputs& out_;
+  const Sizes sizes_;
+  const int64_t batch_, head_;
+  AlignedBuffer<T> keys_, values_;
+};
+
+template <class T, class X>
+void forward(const LatentInputs& in, const LatentOutputs& out) {
+  const Sizes sizes(in);
+  using Head = ForwardHead<T, X>;
+  const auto whole = [&](int64_t index) {
+    Head head(in, out, index);
+    for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack(block);
+    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.attend(block);
+  };
+  const auto split = [&](int64_t first, int64_t count) {
+    std::vector<std::unique_ptr<Head>> heads;
+    for (int64_t i = 0; i < count; ++i) heads.push_back(std::make_unique<Head>(in, out, first + i));
+    const auto each_block = [&](int64_t per_head, const auto& run) {
+      parallel_for(count * per_head, [&](int64_t task) { run(*heads[task / per_head], task % per_head); });
+    };
+    each_block(sizes.key_blocks(), [](Head& head, int64_t block) { head.pack(block); });
+    each_block(sizes.query_blocks(), [](const Head& head, int64_t block) { head.attend(block); });
+  };
+  for_each_head(sizes.all_heads(), whole, split);
+}
+
+// ---- Backward
+
+// Keys are taken in this many parts per head, by shape alone, so that few heads keep many threads busy. Each part has its
+// own gradient of the queries; they are added in order, whatever the number of threads.
+inline int64_t key_parts(const Sizes& sizes) {
+  constexpr int64_t wanted_tasks = 32, most = 16;
+  const int64_t wanted = blocks(wanted_tasks, std::max<int64_t>(sizes.all_heads(), 1));
+  return std::max<int64_t>(1, std::min({wanted, most, sizes.key_blocks()}));
+}
+
+// With p = 2^(s - lse) recomputed, u = d_out v^T and delta = sum of d_out * out: d_s = p (keep u - delta), d_v = (keep p)^T
+// d_out, d_k = scale d_s^T q, d_q = scale d_s k.
+template <class T, class X>
+class BackwardHead {
+ public:
+  BackwardHead(const LatentInputs& in, const LatentOutputs& saved, const TensorView& d_out,
+               const LatentGradients& gradients, int64_t index, int64_t partial_sums)
+      : in_(in),
+        saved_(saved),
+        d_out_(d_out),
+        gradients_(gradients),
+        sizes_(in),
+        batch_(index / sizes_.heads),
+        head_(index % sizes_.heads),
+        step_(rounded_up(sizes_.head_dim, tile_width<T>)),
+        step_v_(rounded_up(sizes_.head_dim_v, tile_width<T>)),
+        padded_queries_(sizes_.query_blocks() * kQueryBlock),
+        key_columns_(rounded_up(sizes_.keys, tile_width<T>) * sizes_.head_dim),
+        value_columns_(rounded_up(sizes_.keys, tile_width<T>) * sizes_.head_dim_v),
+        key_rows_(sizes_.keys * step_),
+        queries_(padded_queries_ * sizes_.head_dim),
+        d_outs_(padded_queries_ * sizes_.head_dim_v),
+        query_rows_(sizes_.queries * step_),
+        d_out_rows_(sizes_.queries * step_v_),
+        reference_(padded_queries_),
+        delta_(padded_queries_),
+        d_queries_(partial_sums * padded_queries_ * step_) {}
+
+  void pack_keys(int64_t key_block) {
+    const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
+    const auto k = matrix_of<const X>(in_.k, batch_, head_);
+    pack_columns<T>(k, keys, sizes_.head_dim, key_columns_.get());
+    pack_columns<T>(matrix_of<const X>(in_.v, batch_, head_), keys, sizes_.head_dim_v, value_columns_.get());
+    pack_rows<T>(k, keys, sizes_.head_dim, sizes_.keys, key_rows_.get());
+  }
+
+  void pack_queries(int64_t query_block) {
+    const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
+    const auto q = matrix_of<const X>(in_.q, batch_, head_), d_out = matrix_of<const X>(d_out_, batch_, head_);
+    pk::pack_queries<T>(q, queries, sizes_.head_dim, static_cast<T>(in_.scale * kLog2E),
+                        queries_.get() + queries.first * sizes_.head_dim);
+    pk::pack_queries<T>(d_out, queries, sizes_.head_dim_v, T(1), d_outs_.get() + queries.first * sizes_.head_dim_v);
+    pack_rows<T>(q, queries, sizes_.head_dim, sizes_.queries, query_rows_.get());
+    pack_rows<T>(d_out, queries, sizes_.head_dim_v, sizes_.queries, d_out_rows_.get());
+    load_statistics(queries);
+  }
+
+  // Gradients of one part of the keys and values, whole, and that part's share in the gradient of the queries.
+  void part(int64_t index, int64_t partial_sum) {
+    const int64_t all = sizes_.key_blocks(), parts = key_parts(sizes_);
+    T* d_queries = partial(partial_sum);
+    std::fill_n(d_queries, padded_queries_ * step_, T(0));
+    AlignedBuffer<T> weights(score_entries<T>), d_scores(score_entries<T>);
+    AlignedBuffer<T> d_keys(kKeyBlock * step_), d_values(kKeyBlock * step_v_);
+    for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
+      const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
+      std::fill_n(d_keys.get(), kKeyBlock * step_, T(0));
+      std::fill_n(d_values.get(), kKeyBlock * step_v_, T(0));
+      for (int64_t query_block = 0; query_block < sizes_.query_blocks(); ++query_block) {
+        const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
+        score(queries, keys, weights.get(), d_scores.get());
+        differentiate(queries, keys, weights.get(), d_scores.get());
+        accumulate(queries, keys, weights.get(), d_scores.get(), d_keys.get(), d_values.get(), d_queries);
+      }
+      write(gradients_.k, keys, d_keys.get(), step_, sizes_.head_dim, static_cast<T>(in_.scale));
+      write(gradients_.v, keys, d_values.get(), step_v_, sizes_.head_dim_v, T(1));
+    }
+  }
+
+  // First partial sum += the given one.
+  void add_partial(int64_t query_block, int64_t partial_sum) {
+    const int64_t first = query_block * kQueryBlock * step_;
+    T* sum = partial(0) + first;
+    const T* addend = partial(partial_sum) + first;
+    for (int64_t i = 0; i < kQueryBlock * step_; ++i) sum[i] += addend[i];
+  }
+
+  void write_queries(int64_t query_block) const {
+    const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
+    write(gradients_.q, queries, partial(0) + queries.first * step_, step_, sizes_.head_dim,
+          static_cast<T>(in_.scale));
+  }
+
+ private:
+  T* partial(int64_t index) const { return d_queries_.get() + index * padded_queries_ * step_; }
+
+  void load_statistics(const Range& queries) {
+    const auto d_out = matrix_of<const X>(d_out_, batch_, head_), out = matrix_of<const X>(saved_.out, batch_, head_);
+    const T* lse = saved_.lse.template as<const T>() + (batch_ * sizes_.heads + head_) * sizes_.queries;
+    for (int64_t n = queries.first; n < queries.first + queries.count; ++n) {
+      Vec<T> sum = {};
+      for (int64_t c = 0; c < sizes_.head_dim_v; c += Simd<T>::lanes) {
+        const int64_t count = sizes_.head_dim_v - c;
+        sum += load_channels<T>(d_out.row(n) + c * d_out.channel_step, d_out.channel_step, count) *
+               load_channels<T>(out.row(n) + c * out.channel_step, out.channel_step, count);
+      }
+      delta_[n] = lane_sum<T>(sum);
+      // Nothing weighs anything where all scores are -inf.
+      const bool empty = lse[n] == -std::numeric_limits<T>::infinity();
+      reference_[n] = empty ? std::numeric_limits<T>::infinity() : static_cast<T>(kLog2E * static_cast<double>(lse[n]));
+    }
+  }
+
+  struct StoreScores {
+    T* scores;
+
+    template <int Rows>
+    __attribute__((always_inline)) inline void operator()(int64_t i, int64_t c, const TileSums<T, Rows>& sums) const {
+      PK_UNROLL_TILE
+      for (int r = 0; r < Rows; ++r) {
+        T* row = scores + (i + r) * score_step<T> + c;
+        store<T>(row, sums.at[r][0]);
+        store<T>(row + Simd<T>::lanes, sums.at[r][1]);
+      }
+    }
+  };
+
+  // scores = scale log2(e) q k^T, d_weights = d_out v^T
+  void score(const Range& queries, const Range& keys, T* scores, T* d_weights) const {
+    multiply_block<T, 1, kQueryBlock>(queries_.get() + queries.first * sizes_.head_dim, queries.count,
+                                      key_columns_.get() + keys.first * sizes_.head_dim,
+                                      tile_width<T> * sizes_.head_dim, sizes_.head_dim, keys.count,
+                                      StoreScores{scores});
+    multiply_block<T, 1, kQueryBlock>(d_outs_.get() + queries.first * sizes_.head_dim_v, queries.count,
+                                      value_columns_.get() + keys.first * sizes_.head_dim_v,
+                                      tile_width<T> * sizes_.head_dim_v, sizes_.head_dim_v, keys.count,
+                                      StoreScores{d_weights});
+  }
+
+  // In place: scores become weights (dropped ones zero), gradients of the weights become gradients of the scores.
+  void differentiate(const Range& queries, const Range& keys, T* scores, T* d_weights) const {
+    alignas(64) T keep[kKeyBlock];
+    for (int64_t i = 0; i < queries.count; ++i) {
+      T *s = scores + i * score_step<T>, *u = d_weights + i * score_step<T>;
+      const Vec<T> reference = broadcast(reference_[queries.first + i]), delta = broadcast(delta_[queries.first + i]);
+      if (in_.dropout.p > 0) {
+        dropout_row(in_.dropout, batch_, head_ * sizes_.queries + queries.first + i, keys.first, keys.count, keep);
+        for (int64_t j = 0; j < keys.count; j += Simd<T>::lanes) {
+          const Vec<T> p = exp2_any<T>(load(s + j) - reference), kept = load(keep + j);
+          store<T>(s + j, p * kept);
+          store<T>(u + j, p * (kept * load(u + j) - delta));
+        }
+      } else {
+        PK_UNROLL
+        for (int64_t j = 0; j < keys.count; j += Simd<T>::lanes) {
+          const Vec<T> p = exp2_any<T>(load(s + j) - reference);
+          store<T>(s + j, p);
+          store<T>(u + j, p * (load(u + j) - delta));
+        }
+      }
+    }
+  }
+
+  void accumulate(const Range& queries, const Range& keys, const T* weights, const T* d_scores, T* d_keys, T* d_values,
+                  T* d_queries) const {
+    constexpr int width = tile_width<T>;
+    multiply_block<T, 1, score_step<T>>(weights, keys.count, d_out_rows_.get() + queries.first * width,
+                                        sizes_.queries * width, queries.count, sizes_.head_dim_v,
+                                        AddTo<T>{d_values, step_v_});
+    multiply_block<T, 1, score_step<T>>(d_scores, keys.count, query_rows_.get() + queries.first * width,
+                                        sizes_.queries * width, queries.count, sizes_.head_dim,
+                                        AddTo<T>{d_keys, step_});
+    multiply_block<T, score_step<T>, 1>(d_scores, queries.count, key_rows_.get() + keys.first * width,
+                                        sizes_.keys * width, keys.count, sizes_.head_dim,
+                                        AddTo<T>{d_queries + queries.first * step_, step_});
+  }
+
+  void write(const TensorView& gradient, const Range& range, const T* rows, int64_t step, int64_t channels,
+             T factor) const {
+    const Matrix<X> target = matrix_of<X>(gradient, batch_, head_);
+    for (int64_t i = 0; i < range.count; ++i) {
+      write_row(rows + i * step, factor, channels, target.row(range.first + i));
+    }
+  }
+
+  const LatentInputs& in_;
+  const LatentOutputs& saved_;
+  const TensorView& d_out_;
+  const LatentGradients& gradients_;
+  const Sizes sizes_;
+  const int64_t batch_, head_, step_, step_v_, padded_queries_;
+  // The three operands with channels as depth, and with channels as columns.
+  AlignedBuffer<T> key_columns_, value_columns_, key_rows_, queries_, d_outs_, query_rows_, d_out_rows_;
+  AlignedBuffer<T> reference_, delta_;
+  AlignedBuffer<T> d_queries_;
+};
+
+template <class T, class X>
+void backward(const LatentInputs& in, const LatentOutputs& saved, const TensorView& d_out,
+              const LatentGradients& gradients) {
+  const Sizes sizes(in);
+  const int64_t parts = key_parts(sizes);
+  using Head = BackwardHead<T, X>;
+  const auto whole = [&](int64_t index) {
+    Head head(in, saved, d_out, gradients, index, std::min<int64_t>(parts, 2));
+    for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack_keys(block);
+    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.pack_queries(block);
+    head.part(0, 0);
+    for (int64_t part = 1; part < parts; ++part) {
+      head.part(part, 1);
+      for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.add_partial(block, 1);
+    }
+    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.write_queries(block);
+  };
+  const auto split = [&](int64_t first, int64_t count) {
+    std::vector<std::unique_ptr<Head>> heads;
+    for (int64_t i = 0; i < count; ++i) {
+      heads.push_back(std::make_unique<Head>(in, saved, d_out, gradients, first + i, parts));
+    }
+    const auto each_block = [&](int64_t per_head, const auto& run) {
+      parallel_for(count * per_head, [&](int64_t task) { run(*heads[task / per_head], task % per_head); });
+    };
+    each_block(sizes.key_blocks(), [](Head& head, int64_t block) { head.pack_keys(block); });
+    each_block(sizes.query_blocks(), [](Head& head, int64_t block) { head.pack_queries(block); });
+    each_block(parts, [](Head& head, int64_t part) { head.part(part, part); });
+    each_block(sizes.query_blocks(), [&](Head& head, int64_t block) {
+      for (int64_t part = 1; part < parts; ++part) head.add_partial(block, part);
+      head.write_queries(block);
+    });
+  };
+  for_each_head(sizes.all_heads(), whole, split);
+}
+
+template <class F>
+void with_types(DType dtype, const F& f) {
+  with_floating_type(dtype, [&](auto x) {
+    using X = decltype(x);
+    if constexpr (sizeof(X) == 8) {
+      f(double{}, x);
+    } else {
+      f(float{}, x);
+    }
+  });
+}
+
+}  // namespace
+
+namespace PK_LEVEL {
+
+void latent_attention_fwd(const LatentInputs& in, const LatentOutputs& out) {
+  with_types(in.q.dtype, [&](auto compute, auto data) { forward<decltype(compute), decltype(data)>(in, out); });
+}
+
+void latent_attention_bwd(const LatentInputs& in, const LatentOutputs& saved, const TensorView& d_out,
+                          const LatentGradients& gradients) {
+  with_types(in.q.dtype, [&](auto compute, auto data) {
+    backward<decltype(compute), decltype(data)>(in, saved, d_out, gradients);
+  });
+}
+
+}  // namespace PK_LEVEL
+}  // namespace pk
