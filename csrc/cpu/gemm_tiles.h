@@ -31,7 +31,8 @@ __attribute__((always_inline)) inline TileSums<T, Rows> multiply_tile(const T* l
   TileSums<T, Rows> sums;
   PK_UNROLL_TILE
   for (int i = 0; i < Rows; ++i) sums.at[i][0] = sums.at[i][1] = Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k) {
+  // Unrolled, lest leaving a loop of the same few rounds be mispredicted time and again.
+  _Pragma("GCC unroll 4") for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> first = load(right), second = load(right + Simd<T>::lanes);
     PK_UNROLL_TILE
     for (int i = 0; i < Rows; ++i) {
@@ -45,9 +46,9 @@ __attribute__((always_inline)) inline TileSums<T, Rows> multiply_tile(const T* l
   return sums;
 }
 
-// The product of a block, tile by tile: finish(i, c, sums) gets the tile of rows i.. and columns c... Rows are rounded up
-// to a multiple of 4: the left operand and what finish writes to must bear that, with whatever it contains. Panels of
-// the right operand are panel_step elements apart.
+// The product of a block, tile by tile: finish(i, c, sums) gets the tile of rows i.. and columns c... Rows are rounded
+// up to a multiple of 4: the left operand and what finish writes to must bear that, with whatever it contains. Panels
+// of the right operand are panel_step elements apart.
 template <class T, int RowStep, int DepthStep, class Finish>
 __attribute__((always_inline)) inline void multiply_block(const T* left, int64_t rows, const T* right,
                                                           int64_t panel_step, int64_t depth, int64_t columns,

@@ -1,11 +1,12 @@
-// Self-attention over latents on the CPU, forward and backward: softmax(scale q k^T) v, block by block, so that no score
-// matrix is stored. Compiled once per instruction set.
+// Self-attention over latents on the CPU, forward and backward: softmax(scale q k^T) v, block by block, so that no
+// score matrix is stored. Compiled once per instruction set.
 //
 // Everything is computed in float (double for double): 16-bit inputs are widened when they are packed (panels.h).
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "../ops.h"
 #include "aligned_buffer.h"
@@ -13,6 +14,7 @@
 #include "panels.h"
 #include "parallel.h"
 #include "philox.h"
+#include "scratch_pool.h"
 
 namespace pk {
 namespace {
@@ -27,7 +29,7 @@ constexpr int kKeyBlock = 128;
 template <class T>
 constexpr int score_step = kKeyBlock + 64 / static_cast<int>(sizeof(T));
 template <class T>
-constexpr int score_entries = kQueryBlock* score_step<T>;
+constexpr int score_entries = kQueryBlock * score_step<T>;
 
 struct Sizes {
   int64_t batch, heads, queries, keys, head_dim, head_dim_v;
@@ -61,7 +63,8 @@ void pack_columns(const Matrix<const X>& source, const Range& keys, int64_t chan
   for (int64_t m = 0; m < keys.count; m += width) {
     const int64_t first = keys.first + m;
     const Matrix<const X> rows{source.row(first), source.row_step, source.channel_step};
-    pack_transposed<T>(rows, std::min<int64_t>(width, keys.count - m), channels, T(1), width, panels + first * channels);
+    pack_transposed<T>(rows, std::min<int64_t>(width, keys.count - m), channels, T(1), width,
+                       panels + first * channels);
   }
 }
 
@@ -86,17 +89,21 @@ inline T lane_sum(Vec<T> value) {
   for (int lane = 1; lane < Simd<T>::lanes; ++lane) total += value[lane];
   return total;
 }
+// The largest lane of each of as many vectors as there are lanes.
 template <class T>
-inline T lane_maximum(Vec<T> value) {
-  T largest = value[0];
-  for (int lane = 1; lane < Simd<T>::lanes; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+inline Vec<T> lane_maxima(const Vec<T>* values) {
+  Vec<T> square[Simd<T>::lanes];
+  std::copy_n(values, Simd<T>::lanes, square);
+  transpose<T>(square);
+  Vec<T> largest = square[0];
+  for (int lane = 1; lane < Simd<T>::lanes; ++lane) largest = larger<T>(largest, square[lane]);
   return largest;
 }
 
-// 2^(score - reference) in place for `count` scores, rounded up to whole vectors; returns their sum. No score is above the
-// reference. A NaN stays NaN.
+// 2^(score - reference) in place for `count` scores, rounded up to whole vectors; returns their sum, lane by lane. No
+// score is above the reference. A NaN stays NaN.
 template <class T>
-inline T exponentiate(T* scores, int64_t count, T reference) {
+inline Vec<T> exponentiate(T* scores, int64_t count, T reference) {
   constexpr int lanes = Simd<T>::lanes, step = 4;
   const Vec<T> shift = broadcast(reference);
   Vec<T> sum[step] = {};
@@ -104,17 +111,17 @@ inline T exponentiate(T* scores, int64_t count, T reference) {
   for (; j + (step - 1) * lanes < count; j += step * lanes) {
     PK_UNROLL
     for (int q = 0; q < step; ++q) {
-      const Vec<T> weight = exp2_any<T>(load(scores + j + q * lanes) - shift);
+      const Vec<T> weight = exp2_flushed<T>(load(scores + j + q * lanes) - shift);
       sum[q] += weight;
       store<T>(scores + j + q * lanes, weight);
     }
   }
   for (; j < count; j += lanes) {
-    const Vec<T> weight = exp2_any<T>(load(scores + j) - shift);
+    const Vec<T> weight = exp2_flushed<T>(load(scores + j) - shift);
     sum[0] += weight;
     store<T>(scores + j, weight);
   }
-  return lane_sum<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Runs all heads: as many as divide evenly among the threads as one task each, in cache, the remaining ones split among
@@ -126,19 +133,60 @@ void for_each_head(int64_t heads, const Whole& whole, const Split& split) {
   if (remaining > 0) split(heads - remaining, remaining);
 }
 
+// New heads for the indices from first on.
+template <class NewHead>
+auto begun(int64_t first, int64_t count, const NewHead& new_head) {
+  std::vector<decltype(new_head())> heads;
+  for (int64_t i = 0; i < count; ++i) {
+    heads.push_back(new_head());
+    heads.back()->begin(first + i);
+  }
+  return heads;
+}
+
+// run(head, block) for each block of each head, on all threads.
+template <class Heads, class Run>
+void each_block(const Heads& heads, int64_t per_head, const Run& run) {
+  parallel_for(static_cast<int64_t>(heads.size()) * per_head,
+               [&](int64_t task) { run(*heads[static_cast<size_t>(task / per_head)], task % per_head); });
+}
+
 // ---- Forward
 
 template <class T, class X>
 class ForwardHead {
  public:
-  ForwardHead(const LatentInputs& in, const LatentOutputs& out, int64_t index)
+  // Of one query block: the online softmax (Milakov and Gimelshein 2018), with out not yet divided by the sums.
+  struct State {
+    int64_t out_step;
+    AlignedBuffer<T> queries, scores, out;
+    alignas(64) T maximum[kQueryBlock], factor[kQueryBlock];
+    Vec<T> block_maximum[kQueryBlock], sum[kQueryBlock];  // to be taken over lanes
+
+    explicit State(const Sizes& sizes)
+        : out_step(rounded_up(sizes.head_dim_v, tile_width<T>)),
+          queries(sizes.head_dim * kQueryBlock),
+          scores(score_entries<T>),
+          out(kQueryBlock * out_step) {}
+
+    void clear() {
+      std::fill_n(out.get(), kQueryBlock * out_step, T(0));
+      std::fill_n(maximum, kQueryBlock, -std::numeric_limits<T>::infinity());
+      std::fill_n(sum, kQueryBlock, Vec<T>{});
+    }
+  };
+
+  ForwardHead(const LatentInputs& in, const LatentOutputs& out)
       : in_(in),
         out_(out),
         sizes_(in),
-        batch_(index / sizes_.heads),
-        head_(index % sizes_.heads),
         keys_(rounded_up(sizes_.keys, tile_width<T>) * sizes_.head_dim),
         values_(sizes_.keys * rounded_up(sizes_.head_dim_v, tile_width<T>)) {}
+
+  void begin(int64_t index) {
+    batch_ = index / sizes_.heads;
+    head_ = index % sizes_.heads;
+  }
 
   void pack(int64_t key_block) {
     const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
@@ -146,9 +194,9 @@ class ForwardHead {
     pack_rows<T>(matrix_of<const X>(in_.v, batch_, head_), keys, sizes_.head_dim_v, sizes_.keys, values_.get());
   }
 
-  void attend(int64_t query_block) const {
+  void attend(int64_t query_block, State& state) const {
     const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
-    State state(sizes_);
+    state.clear();
     pack_queries<T>(matrix_of<const X>(in_.q, batch_, head_), queries, sizes_.head_dim,
                     static_cast<T>(in_.scale * kLog2E), state.queries.get());
     for (int64_t block = 0; block < sizes_.key_blocks(); ++block) {
@@ -161,23 +209,11 @@ class ForwardHead {
   }
 
  private:
-  // Of one query block: the online softmax (Milakov and Gimelshein 2018), with out not yet divided by the sums.
-  struct State {
-    int64_t out_step;
-    AlignedBuffer<T> queries, scores, out;
-    alignas(64) T maximum[kQueryBlock], sum[kQueryBlock], factor[kQueryBlock];
-    alignas(64) Vec<T> block_maximum[kQueryBlock];
-
-    explicit State(const Sizes& sizes)
-        : out_step(rounded_up(sizes.head_dim_v, tile_width<T>)),
-          queries(sizes.head_dim * kQueryBlock),
-          scores(score_entries<T>),
-          out(kQueryBlock * out_step) {
-      std::fill_n(out.get(), kQueryBlock * out_step, T(0));
-      std::fill_n(maximum, kQueryBlock, -std::numeric_limits<T>::infinity());
-      std::fill_n(sum, kQueryBlock, T(0));
-    }
-  };
+  static Vec<T> of_keys(Vec<T> scores, int64_t keys) {
+    Vec<T> lane;
+    for (int k = 0; k < Simd<T>::lanes; ++k) lane[k] = static_cast<T>(k);
+    return lane < static_cast<T>(keys) ? scores : broadcast(-std::numeric_limits<T>::infinity());
+  }
 
   // Stores scores and keeps the largest of each row, lane by lane; -inf for columns that are no keys.
   struct StoreScores {
@@ -187,24 +223,15 @@ class ForwardHead {
 
     template <int Rows>
     __attribute__((always_inline)) inline void operator()(int64_t i, int64_t c, const TileSums<T, Rows>& sums) const {
-      Vec<T> first[Rows], second[Rows];
-      PK_UNROLL_TILE
-      for (int r = 0; r < Rows; ++r) first[r] = sums.at[r][0], second[r] = sums.at[r][1];
-      if (c + tile_width<T> > keys) {
-        PK_UNROLL_TILE
-        for (int r = 0; r < Rows; ++r) {
-          for (int lane = 0; lane < Simd<T>::lanes; ++lane) {
-            if (c + lane >= keys) first[r][lane] = -std::numeric_limits<T>::infinity();
-            if (c + Simd<T>::lanes + lane >= keys) second[r][lane] = -std::numeric_limits<T>::infinity();
-          }
-        }
-      }
+      const bool all = c + tile_width<T> <= keys;
       PK_UNROLL_TILE
       for (int r = 0; r < Rows; ++r) {
+        const Vec<T> first = all ? sums.at[r][0] : of_keys(sums.at[r][0], keys - c);
+        const Vec<T> second = all ? sums.at[r][1] : of_keys(sums.at[r][1], keys - c - Simd<T>::lanes);
         T* row = scores + (i + r) * score_step<T> + c;
-        store<T>(row, first[r]);
-        store<T>(row + Simd<T>::lanes, second[r]);
-        maximum[i + r] = larger<T>(maximum[i + r], larger<T>(first[r], second[r]));
+        store<T>(row, first);
+        store<T>(row + Simd<T>::lanes, second);
+        maximum[i + r] = larger<T>(maximum[i + r], larger<T>(first, second));
       }
     }
   };
@@ -217,21 +244,18 @@ class ForwardHead {
   }
 
   void softmax_step(State& state, const Range& queries, const Range& keys) const {
-    alignas(64) T reference[kQueryBlock], block_maximum[kQueryBlock];
-    for (int64_t i = 0; i < kQueryBlock; ++i) block_maximum[i] = lane_maximum<T>(state.block_maximum[i]);
+    alignas(64) T reference[kQueryBlock];
     for (int64_t i = 0; i < kQueryBlock; i += Simd<T>::lanes) {
-      const Vec<T> before = load(state.maximum + i), after = larger<T>(before, load(block_maximum + i));
+      const Vec<T> before = load(state.maximum + i), after = larger<T>(before, lane_maxima<T>(state.block_maximum + i));
       // Where all scores so far are -inf, any finite reference gives weights of zero.
       const Vec<T> finite = at_least<T>(broadcast(std::numeric_limits<T>::lowest()), after);
       store<T>(state.maximum + i, after);
       store<T>(reference + i, finite);
-      const Vec<T> factor = exp2_any<T>(before - finite);
-      store<T>(state.factor + i, factor);
-      store<T>(state.sum + i, load(state.sum + i) * factor);
+      store<T>(state.factor + i, exp2_flushed<T>(before - finite));
     }
     for (int64_t i = 0; i < queries.count; ++i) {
       T* scores = state.scores.get() + i * score_step<T>;
-      state.sum[i] += exponentiate(scores, keys.count, reference[i]);
+      state.sum[i] = state.sum[i] * broadcast(state.factor[i]) + exponentiate(scores, keys.count, reference[i]);
       if (in_.dropout.p > 0) drop(scores, queries.first + i, keys);
     }
   }
@@ -265,7 +289,7 @@ class ForwardHead {
     const Matrix<X> out = matrix_of<X>(out_.out, batch_, head_);
     T* lse = out_.lse.template as<T>() + (batch_ * sizes_.heads + head_) * sizes_.queries + queries.first;
     for (int64_t i = 0; i < queries.count; ++i) {
-      const T sum = state.sum[i];  // zero where all scores are -inf: such a query gets zeros
+      const T sum = lane_sum<T>(state.sum[i]);  // zero where all scores are -inf: such a query gets zeros
       write_row(state.out.get() + i * state.out_step, sum == 0 ? T(0) : 1 / sum, sizes_.head_dim_v,
                 out.row(queries.first + i));
       lse[i] = static_cast<T>(kLn2 * (static_cast<double>(state.maximum[i]) + std::log2(static_cast<double>(sum))));
@@ -275,7 +299,7 @@ class ForwardHead {
   const LatentInputs& in_;
   const LatentOutputs& out_;
   const Sizes sizes_;
-  const int64_t batch_, head_;
+  int64_t batch_ = 0, head_ = 0;
   AlignedBuffer<T> keys_, values_;
 };
 
@@ -283,47 +307,63 @@ template <class T, class X>
 void forward(const LatentInputs& in, const LatentOutputs& out) {
   const Sizes sizes(in);
   using Head = ForwardHead<T, X>;
+  using State = typename Head::State;
+  ScratchPool<Head> heads;
+  ScratchPool<State> states;
+  const auto new_head = [&] { return std::make_unique<Head>(in, out); };
+  const auto new_state = [&] { return std::make_unique<State>(sizes); };
   const auto whole = [&](int64_t index) {
-    Head head(in, out, index);
-    for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack(block);
-    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.attend(block);
+    heads.with(new_head, [&](Head& head) {
+      head.begin(index);
+      for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack(block);
+      states.with(new_state, [&](State& state) {
+        for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.attend(block, state);
+      });
+    });
   };
   const auto split = [&](int64_t first, int64_t count) {
-    std::vector<std::unique_ptr<Head>> heads;
-    for (int64_t i = 0; i < count; ++i) heads.push_back(std::make_unique<Head>(in, out, first + i));
-    const auto each_block = [&](int64_t per_head, const auto& run) {
-      parallel_for(count * per_head, [&](int64_t task) { run(*heads[task / per_head], task % per_head); });
-    };
-    each_block(sizes.key_blocks(), [](Head& head, int64_t block) { head.pack(block); });
-    each_block(sizes.query_blocks(), [](const Head& head, int64_t block) { head.attend(block); });
+    const auto all = begun(first, count, new_head);
+    each_block(all, sizes.key_blocks(), [](Head& head, int64_t block) { head.pack(block); });
+    each_block(all, sizes.query_blocks(), [&](const Head& head, int64_t block) {
+      states.with(new_state, [&](State& state) { head.attend(block, state); });
+    });
   };
   for_each_head(sizes.all_heads(), whole, split);
 }
 
 // ---- Backward
 
-// Keys are taken in this many parts per head, by shape alone, so that few heads keep many threads busy. Each part has its
-// own gradient of the queries; they are added in order, whatever the number of threads.
+// Keys are taken in this many parts per head, by shape alone, so that few heads keep many threads busy. Each part has
+// its own gradient of the queries; they are added in order, whatever the number of threads.
 inline int64_t key_parts(const Sizes& sizes) {
   constexpr int64_t wanted_tasks = 32, most = 16;
   const int64_t wanted = blocks(wanted_tasks, std::max<int64_t>(sizes.all_heads(), 1));
   return std::max<int64_t>(1, std::min({wanted, most, sizes.key_blocks()}));
 }
 
-// With p = 2^(s - lse) recomputed, u = d_out v^T and delta = sum of d_out * out: d_s = p (keep u - delta), d_v = (keep p)^T
-// d_out, d_k = scale d_s^T q, d_q = scale d_s k.
+// With p = 2^(s - lse) recomputed, u = d_out v^T and delta = sum of d_out * out: d_s = p (keep u - delta), d_v = (keep
+// p)^T d_out, d_k = scale d_s^T q, d_q = scale d_s k.
 template <class T, class X>
 class BackwardHead {
  public:
+  // Of one part of the keys.
+  struct State {
+    AlignedBuffer<T> weights, d_scores, d_keys, d_values;
+
+    explicit State(const Sizes& sizes)
+        : weights(score_entries<T>),
+          d_scores(score_entries<T>),
+          d_keys(kKeyBlock * rounded_up(sizes.head_dim, tile_width<T>)),
+          d_values(kKeyBlock * rounded_up(sizes.head_dim_v, tile_width<T>)) {}
+  };
+
   BackwardHead(const LatentInputs& in, const LatentOutputs& saved, const TensorView& d_out,
-               const LatentGradients& gradients, int64_t index, int64_t partial_sums)
+               const LatentGradients& gradients, int64_t partial_sums)
       : in_(in),
         saved_(saved),
         d_out_(d_out),
         gradients_(gradients),
         sizes_(in),
-        batch_(index / sizes_.heads),
-        head_(index % sizes_.heads),
         step_(rounded_up(sizes_.head_dim, tile_width<T>)),
         step_v_(rounded_up(sizes_.head_dim_v, tile_width<T>)),
         padded_queries_(sizes_.query_blocks() * kQueryBlock),
@@ -337,6 +377,11 @@ class BackwardHead {
         reference_(padded_queries_),
         delta_(padded_queries_),
         d_queries_(partial_sums * padded_queries_ * step_) {}
+
+  void begin(int64_t index) {
+    batch_ = index / sizes_.heads;
+    head_ = index % sizes_.heads;
+  }
 
   void pack_keys(int64_t key_block) {
     const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
@@ -358,24 +403,24 @@ class BackwardHead {
   }
 
   // Gradients of one part of the keys and values, whole, and that part's share in the gradient of the queries.
-  void part(int64_t index, int64_t partial_sum) {
+  void part(int64_t index, int64_t partial_sum, State& state) {
     const int64_t all = sizes_.key_blocks(), parts = key_parts(sizes_);
     T* d_queries = partial(partial_sum);
     std::fill_n(d_queries, padded_queries_ * step_, T(0));
-    AlignedBuffer<T> weights(score_entries<T>), d_scores(score_entries<T>);
-    AlignedBuffer<T> d_keys(kKeyBlock * step_), d_values(kKeyBlock * step_v_);
+    T *weights = state.weights.get(), *d_scores = state.d_scores.get();
+    T *d_keys = state.d_keys.get(), *d_values = state.d_values.get();
     for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
       const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
-      std::fill_n(d_keys.get(), kKeyBlock * step_, T(0));
-      std::fill_n(d_values.get(), kKeyBlock * step_v_, T(0));
+      std::fill_n(d_keys, kKeyBlock * step_, T(0));
+      std::fill_n(d_values, kKeyBlock * step_v_, T(0));
       for (int64_t query_block = 0; query_block < sizes_.query_blocks(); ++query_block) {
         const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
-        score(queries, keys, weights.get(), d_scores.get());
-        differentiate(queries, keys, weights.get(), d_scores.get());
-        accumulate(queries, keys, weights.get(), d_scores.get(), d_keys.get(), d_values.get(), d_queries);
+        score(queries, keys, weights, d_scores);
+        differentiate(queries, keys, weights, d_scores);
+        accumulate(queries, keys, weights, d_scores, d_keys, d_values, d_queries);
       }
-      write(gradients_.k, keys, d_keys.get(), step_, sizes_.head_dim, static_cast<T>(in_.scale));
-      write(gradients_.v, keys, d_values.get(), step_v_, sizes_.head_dim_v, T(1));
+      write(gradients_.k, keys, d_keys, step_, sizes_.head_dim, static_cast<T>(in_.scale));
+      write(gradients_.v, keys, d_values, step_v_, sizes_.head_dim_v, T(1));
     }
   }
 
@@ -389,8 +434,7 @@ class BackwardHead {
 
   void write_queries(int64_t query_block) const {
     const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
-    write(gradients_.q, queries, partial(0) + queries.first * step_, step_, sizes_.head_dim,
-          static_cast<T>(in_.scale));
+    write(gradients_.q, queries, partial(0) + queries.first * step_, step_, sizes_.head_dim, static_cast<T>(in_.scale));
   }
 
  private:
@@ -448,14 +492,14 @@ class BackwardHead {
       if (in_.dropout.p > 0) {
         dropout_row(in_.dropout, batch_, head_ * sizes_.queries + queries.first + i, keys.first, keys.count, keep);
         for (int64_t j = 0; j < keys.count; j += Simd<T>::lanes) {
-          const Vec<T> p = exp2_any<T>(load(s + j) - reference), kept = load(keep + j);
+          const Vec<T> p = exp2_flushed<T>(load(s + j) - reference), kept = load(keep + j);
           store<T>(s + j, p * kept);
           store<T>(u + j, p * (kept * load(u + j) - delta));
         }
       } else {
         PK_UNROLL
         for (int64_t j = 0; j < keys.count; j += Simd<T>::lanes) {
-          const Vec<T> p = exp2_any<T>(load(s + j) - reference);
+          const Vec<T> p = exp2_flushed<T>(load(s + j) - reference);
           store<T>(s + j, p);
           store<T>(u + j, p * (load(u + j) - delta));
         }
@@ -490,7 +534,8 @@ class BackwardHead {
   const TensorView& d_out_;
   const LatentGradients& gradients_;
   const Sizes sizes_;
-  const int64_t batch_, head_, step_, step_v_, padded_queries_;
+  int64_t batch_ = 0, head_ = 0;
+  const int64_t step_, step_v_, padded_queries_;
   // The three operands with channels as depth, and with channels as columns.
   AlignedBuffer<T> key_columns_, value_columns_, key_rows_, queries_, d_outs_, query_rows_, d_out_rows_;
   AlignedBuffer<T> reference_, delta_;
@@ -503,29 +548,36 @@ void backward(const LatentInputs& in, const LatentOutputs& saved, const TensorVi
   const Sizes sizes(in);
   const int64_t parts = key_parts(sizes);
   using Head = BackwardHead<T, X>;
+  using State = typename Head::State;
+  ScratchPool<Head> heads;
+  ScratchPool<State> states;
+  const auto new_head = [&](int64_t partial_sums) {
+    return std::make_unique<Head>(in, saved, d_out, gradients, partial_sums);
+  };
+  const auto new_state = [&] { return std::make_unique<State>(sizes); };
+  const auto run_part = [&](Head& head, int64_t part, int64_t partial_sum) {
+    states.with(new_state, [&](State& state) { head.part(part, partial_sum, state); });
+  };
   const auto whole = [&](int64_t index) {
-    Head head(in, saved, d_out, gradients, index, std::min<int64_t>(parts, 2));
-    for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack_keys(block);
-    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.pack_queries(block);
-    head.part(0, 0);
-    for (int64_t part = 1; part < parts; ++part) {
-      head.part(part, 1);
-      for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.add_partial(block, 1);
-    }
-    for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.write_queries(block);
+    heads.with([&] { return new_head(std::min<int64_t>(parts, 2)); },
+               [&](Head& head) {
+                 head.begin(index);
+                 for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack_keys(block);
+                 for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.pack_queries(block);
+                 run_part(head, 0, 0);
+                 for (int64_t part = 1; part < parts; ++part) {
+                   run_part(head, part, 1);
+                   for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.add_partial(block, 1);
+                 }
+                 for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.write_queries(block);
+               });
   };
   const auto split = [&](int64_t first, int64_t count) {
-    std::vector<std::unique_ptr<Head>> heads;
-    for (int64_t i = 0; i < count; ++i) {
-      heads.push_back(std::make_unique<Head>(in, saved, d_out, gradients, first + i, parts));
-    }
-    const auto each_block = [&](int64_t per_head, const auto& run) {
-      parallel_for(count * per_head, [&](int64_t task) { run(*heads[task / per_head], task % per_head); });
-    };
-    each_block(sizes.key_blocks(), [](Head& head, int64_t block) { head.pack_keys(block); });
-    each_block(sizes.query_blocks(), [](Head& head, int64_t block) { head.pack_queries(block); });
-    each_block(parts, [](Head& head, int64_t part) { head.part(part, part); });
-    each_block(sizes.query_blocks(), [&](Head& head, int64_t block) {
+    const auto all = begun(first, count, [&] { return new_head(parts); });
+    each_block(all, sizes.key_blocks(), [](Head& head, int64_t block) { head.pack_keys(block); });
+    each_block(all, sizes.query_blocks(), [](Head& head, int64_t block) { head.pack_queries(block); });
+    each_block(all, parts, [&](Head& head, int64_t part) { run_part(head, part, part); });
+    each_block(all, sizes.query_blocks(), [&](Head& head, int64_t block) {
       for (int64_t part = 1; part < parts; ++part) head.add_partial(block, part);
       head.write_queries(block);
     });

@@ -107,24 +107,52 @@ inline void transpose(Vec<T>* rows) {
   if constexpr (Simd<T>::lanes > 8) exchange<T, 8>(rows, lane);
 }
 
+// Rows of a packed projection are far apart, too far for the processor to foresee: asks for the one at `row` ahead of
+// use.
+template <class X>
+inline void prefetch_row(const Matrix<X>& source, int64_t row, int64_t rows, int64_t channels) {
+  if (row >= rows || source.channel_step != 1) return;
+  const char* first = reinterpret_cast<const char*>(source.row(row));
+  for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(X)); byte += 64)
+    __builtin_prefetch(first + byte);
+}
+constexpr int kRowsAhead = 16;
+
+// One lanes x lanes square of pack_transposed; the first `rows` rows and `channels` channels of it are there.
+template <class T, class X>
+inline void pack_square(X* source, const Matrix<X>& matrix, int64_t rows, int64_t channels, T factor, int64_t width,
+                        T* target) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> square[lanes];
+  if (rows >= lanes && channels >= lanes && matrix.channel_step == 1) {
+    PK_UNROLL_TILE
+    for (int k = 0; k < lanes; ++k) square[k] = load_channels<T>(source + k * matrix.row_step, 1, lanes) * factor;
+  } else {
+    for (int k = 0; k < lanes; ++k) {
+      square[k] = Vec<T>{};
+      if (k < rows) {
+        square[k] = load_channels<T>(source + k * matrix.row_step, matrix.channel_step, channels) * factor;
+      }
+    }
+  }
+  transpose<T>(square);
+  if (channels >= lanes) {
+    PK_UNROLL_TILE
+    for (int k = 0; k < lanes; ++k) store<T>(target + k * width, square[k]);
+  } else {
+    for (int k = 0; k < channels; ++k) store<T>(target + k * width, square[k]);
+  }
+}
+
 // target[c * width + i] = factor * source[i][c] for i < rows; zeros for rows <= i < width, a multiple of the lanes.
 template <class T, class X>
 void pack_transposed(const Matrix<X>& source, int64_t rows, int64_t channels, T factor, int64_t width, T* target) {
   constexpr int lanes = Simd<T>::lanes;
   for (int64_t i = 0; i < width; i += lanes) {
+    for (int k = 0; k < lanes; ++k) prefetch_row(source, i + kRowsAhead + k, rows, channels);
     for (int64_t c = 0; c < channels; c += lanes) {
-      Vec<T> square[lanes];
-      const int64_t count = channels - c;
-      PK_UNROLL_TILE
-      for (int k = 0; k < lanes; ++k) {
-        square[k] = Vec<T>{};
-        if (i + k < rows) {
-          const X* first = source.row(i + k) + c * source.channel_step;
-          square[k] = load_channels<T>(first, source.channel_step, count) * factor;
-        }
-      }
-      transpose<T>(square);
-      for (int k = 0; k < lanes && k < count; ++k) store<T>(target + (c + k) * width + i, square[k]);
+      X* first = source.row(i) + c * source.channel_step;
+      pack_square(first, source, rows - i, channels - c, factor, width, target + c * width + i);
     }
   }
 }
@@ -133,14 +161,14 @@ void pack_transposed(const Matrix<X>& source, int64_t rows, int64_t channels, T 
 template <class T, class X>
 void pack_panels(const Matrix<X>& source, int64_t rows, int64_t channels, int64_t width, int64_t panel_step,
                  T* target) {
-  for (int64_t c = 0; c < channels; c += width, target += panel_step) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const X* row = source.row(i) + c * source.channel_step;
+  for (int64_t i = 0; i < rows; ++i) {
+    prefetch_row(source, i + kRowsAhead, rows, channels);
+    for (int64_t c = 0; c < channels; c += width) {
+      T* panel = target + (c / width) * panel_step + i * width;
       for (int64_t k = 0; k < width; k += Simd<T>::lanes) {
         const int64_t count = channels - c - k;
-        const Vec<T> value = count > 0 ? load_channels<T>(row + k * source.channel_step, source.channel_step, count)
-                                       : Vec<T>{};
-        store<T>(target + i * width + k, value);
+        const X* first = source.row(i) + (c + k) * source.channel_step;
+        store<T>(panel + k, count > 0 ? load_channels<T>(first, source.channel_step, count) : Vec<T>{});
       }
     }
   }
