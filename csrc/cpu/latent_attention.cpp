@@ -23,13 +23,13 @@ constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // Scores of a block of queries and keys stay in the second-level cache together with the operands of their products.
-constexpr int kQueryBlock = 96;
-constexpr int kKeyBlock = 128;
+// Backward takes fewer keys at a time, so that there are parts enough for many threads.
+constexpr int kQueryBlock = 48;
+constexpr int kForwardKeys = 256;
+constexpr int kBackwardKeys = 128;
 // Rows of scores are an odd number of cache lines apart, so that a column of them does not compete for one set.
-template <class T>
-constexpr int score_step = kKeyBlock + 64 / static_cast<int>(sizeof(T));
-template <class T>
-constexpr int score_entries = kQueryBlock * score_step<T>;
+template <class T, int Keys>
+constexpr int score_step = Keys + 64 / static_cast<int>(sizeof(T));
 
 struct Sizes {
   int64_t batch, heads, queries, keys, head_dim, head_dim_v;
@@ -44,7 +44,6 @@ struct Sizes {
 
   int64_t all_heads() const { return batch * heads; }
   int64_t query_blocks() const { return blocks(queries, kQueryBlock); }
-  int64_t key_blocks() const { return blocks(keys, kKeyBlock); }
 };
 
 // Part of the queries or of the keys.
@@ -166,7 +165,7 @@ class ForwardHead {
     explicit State(const Sizes& sizes)
         : out_step(rounded_up(sizes.head_dim_v, tile_width<T>)),
           queries(sizes.head_dim * kQueryBlock),
-          scores(score_entries<T>),
+          scores(kQueryBlock * score_step<T, kForwardKeys>),
           out(kQueryBlock * out_step) {}
 
     void clear() {
@@ -189,7 +188,7 @@ class ForwardHead {
   }
 
   void pack(int64_t key_block) {
-    const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
+    const Range keys = Range::block(key_block, kForwardKeys, sizes_.keys);
     pack_columns<T>(matrix_of<const X>(in_.k, batch_, head_), keys, sizes_.head_dim, keys_.get());
     pack_rows<T>(matrix_of<const X>(in_.v, batch_, head_), keys, sizes_.head_dim_v, sizes_.keys, values_.get());
   }
@@ -199,8 +198,8 @@ class ForwardHead {
     state.clear();
     pack_queries<T>(matrix_of<const X>(in_.q, batch_, head_), queries, sizes_.head_dim,
                     static_cast<T>(in_.scale * kLog2E), state.queries.get());
-    for (int64_t block = 0; block < sizes_.key_blocks(); ++block) {
-      const Range keys = Range::block(block, kKeyBlock, sizes_.keys);
+    for (int64_t block = 0; block < blocks(sizes_.keys, kForwardKeys); ++block) {
+      const Range keys = Range::block(block, kForwardKeys, sizes_.keys);
       score(state, queries.count, keys);
       softmax_step(state, queries, keys);
       accumulate(state, queries.count, keys);
@@ -228,7 +227,7 @@ class ForwardHead {
       for (int r = 0; r < Rows; ++r) {
         const Vec<T> first = all ? sums.at[r][0] : of_keys(sums.at[r][0], keys - c);
         const Vec<T> second = all ? sums.at[r][1] : of_keys(sums.at[r][1], keys - c - Simd<T>::lanes);
-        T* row = scores + (i + r) * score_step<T> + c;
+        T* row = scores + (i + r) * score_step<T, kForwardKeys> + c;
         store<T>(row, first);
         store<T>(row + Simd<T>::lanes, second);
         maximum[i + r] = larger<T>(maximum[i + r], larger<T>(first, second));
@@ -254,14 +253,14 @@ class ForwardHead {
       store<T>(state.factor + i, exp2_flushed<T>(before - finite));
     }
     for (int64_t i = 0; i < queries.count; ++i) {
-      T* scores = state.scores.get() + i * score_step<T>;
+      T* scores = state.scores.get() + i * score_step<T, kForwardKeys>;
       state.sum[i] = state.sum[i] * broadcast(state.factor[i]) + exponentiate(scores, keys.count, reference[i]);
       if (in_.dropout.p > 0) drop(scores, queries.first + i, keys);
     }
   }
 
   void drop(T* weights, int64_t query, const Range& keys) const {
-    alignas(64) T keep[kKeyBlock];
+    alignas(64) T keep[kForwardKeys];
     dropout_row(in_.dropout, batch_, head_ * sizes_.queries + query, keys.first, keys.count, keep);
     for (int64_t j = 0; j < keys.count; ++j) weights[j] *= keep[j];
   }
@@ -271,7 +270,7 @@ class ForwardHead {
     const int64_t step = state.out_step;
     T* out = state.out.get();
     const T* factor = state.factor;
-    multiply_block<T, score_step<T>, 1>(
+    multiply_block<T, score_step<T, kForwardKeys>, 1>(
         state.scores.get(), queries, values_.get() + keys.first * tile_width<T>, sizes_.keys * tile_width<T>,
         keys.count, sizes_.head_dim_v, [=](int64_t i, int64_t c, const auto& sums) __attribute__((always_inline)) {
           constexpr int rows = sizeof(sums.at) / sizeof(sums.at[0]);
@@ -315,7 +314,7 @@ void forward(const LatentInputs& in, const LatentOutputs& out) {
   const auto whole = [&](int64_t index) {
     heads.with(new_head, [&](Head& head) {
       head.begin(index);
-      for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack(block);
+      for (int64_t block = 0; block < blocks(sizes.keys, kForwardKeys); ++block) head.pack(block);
       states.with(new_state, [&](State& state) {
         for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.attend(block, state);
       });
@@ -323,7 +322,7 @@ void forward(const LatentInputs& in, const LatentOutputs& out) {
   };
   const auto split = [&](int64_t first, int64_t count) {
     const auto all = begun(first, count, new_head);
-    each_block(all, sizes.key_blocks(), [](Head& head, int64_t block) { head.pack(block); });
+    each_block(all, blocks(sizes.keys, kForwardKeys), [](Head& head, int64_t block) { head.pack(block); });
     each_block(all, sizes.query_blocks(), [&](const Head& head, int64_t block) {
       states.with(new_state, [&](State& state) { head.attend(block, state); });
     });
@@ -338,7 +337,7 @@ void forward(const LatentInputs& in, const LatentOutputs& out) {
 inline int64_t key_parts(const Sizes& sizes) {
   constexpr int64_t wanted_tasks = 32, most = 16;
   const int64_t wanted = blocks(wanted_tasks, std::max<int64_t>(sizes.all_heads(), 1));
-  return std::max<int64_t>(1, std::min({wanted, most, sizes.key_blocks()}));
+  return std::max<int64_t>(1, std::min({wanted, most, blocks(sizes.keys, kBackwardKeys)}));
 }
 
 // With p = 2^(s - lse) recomputed, u = d_out v^T and delta = sum of d_out * out: d_s = p (keep u - delta), d_v = (keep
@@ -351,10 +350,10 @@ class BackwardHead {
     AlignedBuffer<T> weights, d_scores, d_keys, d_values;
 
     explicit State(const Sizes& sizes)
-        : weights(score_entries<T>),
-          d_scores(score_entries<T>),
-          d_keys(kKeyBlock * rounded_up(sizes.head_dim, tile_width<T>)),
-          d_values(kKeyBlock * rounded_up(sizes.head_dim_v, tile_width<T>)) {}
+        : weights(kQueryBlock * score_step<T, kBackwardKeys>),
+          d_scores(kQueryBlock * score_step<T, kBackwardKeys>),
+          d_keys(kBackwardKeys * rounded_up(sizes.head_dim, tile_width<T>)),
+          d_values(kBackwardKeys * rounded_up(sizes.head_dim_v, tile_width<T>)) {}
   };
 
   BackwardHead(const LatentInputs& in, const LatentOutputs& saved, const TensorView& d_out,
@@ -384,7 +383,7 @@ class BackwardHead {
   }
 
   void pack_keys(int64_t key_block) {
-    const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
+    const Range keys = Range::block(key_block, kBackwardKeys, sizes_.keys);
     const auto k = matrix_of<const X>(in_.k, batch_, head_);
     pack_columns<T>(k, keys, sizes_.head_dim, key_columns_.get());
     pack_columns<T>(matrix_of<const X>(in_.v, batch_, head_), keys, sizes_.head_dim_v, value_columns_.get());
@@ -404,15 +403,15 @@ class BackwardHead {
 
   // Gradients of one part of the keys and values, whole, and that part's share in the gradient of the queries.
   void part(int64_t index, int64_t partial_sum, State& state) {
-    const int64_t all = sizes_.key_blocks(), parts = key_parts(sizes_);
+    const int64_t all = blocks(sizes_.keys, kBackwardKeys), parts = key_parts(sizes_);
     T* d_queries = partial(partial_sum);
     std::fill_n(d_queries, padded_queries_ * step_, T(0));
     T *weights = state.weights.get(), *d_scores = state.d_scores.get();
     T *d_keys = state.d_keys.get(), *d_values = state.d_values.get();
     for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
-      const Range keys = Range::block(key_block, kKeyBlock, sizes_.keys);
-      std::fill_n(d_keys, kKeyBlock * step_, T(0));
-      std::fill_n(d_values, kKeyBlock * step_v_, T(0));
+      const Range keys = Range::block(key_block, kBackwardKeys, sizes_.keys);
+      std::fill_n(d_keys, kBackwardKeys * step_, T(0));
+      std::fill_n(d_values, kBackwardKeys * step_v_, T(0));
       for (int64_t query_block = 0; query_block < sizes_.query_blocks(); ++query_block) {
         const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
         score(queries, keys, weights, d_scores);
@@ -464,7 +463,7 @@ class BackwardHead {
     __attribute__((always_inline)) inline void operator()(int64_t i, int64_t c, const TileSums<T, Rows>& sums) const {
       PK_UNROLL_TILE
       for (int r = 0; r < Rows; ++r) {
-        T* row = scores + (i + r) * score_step<T> + c;
+        T* row = scores + (i + r) * score_step<T, kBackwardKeys> + c;
         store<T>(row, sums.at[r][0]);
         store<T>(row + Simd<T>::lanes, sums.at[r][1]);
       }
@@ -485,9 +484,9 @@ class BackwardHead {
 
   // In place: scores become weights (dropped ones zero), gradients of the weights become gradients of the scores.
   void differentiate(const Range& queries, const Range& keys, T* scores, T* d_weights) const {
-    alignas(64) T keep[kKeyBlock];
+    alignas(64) T keep[kBackwardKeys];
     for (int64_t i = 0; i < queries.count; ++i) {
-      T *s = scores + i * score_step<T>, *u = d_weights + i * score_step<T>;
+      T *s = scores + i * score_step<T, kBackwardKeys>, *u = d_weights + i * score_step<T, kBackwardKeys>;
       const Vec<T> reference = broadcast(reference_[queries.first + i]), delta = broadcast(delta_[queries.first + i]);
       if (in_.dropout.p > 0) {
         dropout_row(in_.dropout, batch_, head_ * sizes_.queries + queries.first + i, keys.first, keys.count, keep);
@@ -510,15 +509,15 @@ class BackwardHead {
   void accumulate(const Range& queries, const Range& keys, const T* weights, const T* d_scores, T* d_keys, T* d_values,
                   T* d_queries) const {
     constexpr int width = tile_width<T>;
-    multiply_block<T, 1, score_step<T>>(weights, keys.count, d_out_rows_.get() + queries.first * width,
-                                        sizes_.queries * width, queries.count, sizes_.head_dim_v,
-                                        AddTo<T>{d_values, step_v_});
-    multiply_block<T, 1, score_step<T>>(d_scores, keys.count, query_rows_.get() + queries.first * width,
-                                        sizes_.queries * width, queries.count, sizes_.head_dim,
-                                        AddTo<T>{d_keys, step_});
-    multiply_block<T, score_step<T>, 1>(d_scores, queries.count, key_rows_.get() + keys.first * width,
-                                        sizes_.keys * width, keys.count, sizes_.head_dim,
-                                        AddTo<T>{d_queries + queries.first * step_, step_});
+    multiply_block<T, 1, score_step<T, kBackwardKeys>>(weights, keys.count, d_out_rows_.get() + queries.first * width,
+                                                       sizes_.queries * width, queries.count, sizes_.head_dim_v,
+                                                       AddTo<T>{d_values, step_v_});
+    multiply_block<T, 1, score_step<T, kBackwardKeys>>(d_scores, keys.count, query_rows_.get() + queries.first * width,
+                                                       sizes_.queries * width, queries.count, sizes_.head_dim,
+                                                       AddTo<T>{d_keys, step_});
+    multiply_block<T, score_step<T, kBackwardKeys>, 1>(d_scores, queries.count, key_rows_.get() + keys.first * width,
+                                                       sizes_.keys * width, keys.count, sizes_.head_dim,
+                                                       AddTo<T>{d_queries + queries.first * step_, step_});
   }
 
   void write(const TensorView& gradient, const Range& range, const T* rows, int64_t step, int64_t channels,
@@ -562,7 +561,7 @@ void backward(const LatentInputs& in, const LatentOutputs& saved, const TensorVi
     heads.with([&] { return new_head(std::min<int64_t>(parts, 2)); },
                [&](Head& head) {
                  head.begin(index);
-                 for (int64_t block = 0; block < sizes.key_blocks(); ++block) head.pack_keys(block);
+                 for (int64_t block = 0; block < blocks(sizes.keys, kBackwardKeys); ++block) head.pack_keys(block);
                  for (int64_t block = 0; block < sizes.query_blocks(); ++block) head.pack_queries(block);
                  run_part(head, 0, 0);
                  for (int64_t part = 1; part < parts; ++part) {
@@ -574,7 +573,7 @@ void backward(const LatentInputs& in, const LatentOutputs& saved, const TensorVi
   };
   const auto split = [&](int64_t first, int64_t count) {
     const auto all = begun(first, count, [&] { return new_head(parts); });
-    each_block(all, sizes.key_blocks(), [](Head& head, int64_t block) { head.pack_keys(block); });
+    each_block(all, blocks(sizes.keys, kBackwardKeys), [](Head& head, int64_t block) { head.pack_keys(block); });
     each_block(all, sizes.query_blocks(), [](Head& head, int64_t block) { head.pack_queries(block); });
     each_block(all, parts, [&](Head& head, int64_t part) { run_part(head, part, part); });
     each_block(all, sizes.query_blocks(), [&](Head& head, int64_t block) {

@@ -114,9 +114,9 @@ inline void prefetch_row(const Matrix<X>& source, int64_t row, int64_t rows, int
   if (row >= rows || source.channel_step != 1) return;
   const char* first = reinterpret_cast<const char*>(source.row(row));
   for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(X)); byte += 64)
-    __builtin_prefetch(first + byte);
+    __builtin_prefetch(first + byte, 0, 2);
 }
-constexpr int kRowsAhead = 16;
+constexpr int kRowsAhead = 32;
 
 // One lanes x lanes square of pack_transposed; the first `rows` rows and `channels` channels of it are there.
 template <class T, class X>
