@@ -49,6 +49,14 @@ pk::SeparableOutputs separable_outputs(const py::tuple& outputs) {
   return {view(outputs[0]), views(outputs[1]), view(outputs[2]), view(outputs[3])};
 }
 
+pk::LatentInputs latent_inputs(const py::tuple& inputs, double scale, const py::tuple& dropout) {
+  return {view(inputs[0]),
+          view(inputs[1]),
+          view(inputs[2]),
+          scale,
+          {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
+}
+
 // Runs a kernel without the interpreter lock, on as many threads as torch would use.
 template <class Kernel>
 void run(int threads, const Kernel& kernel) {
@@ -100,6 +108,22 @@ PYBIND11_MODULE(_cpu, module) {
                const pk::FourierBands bands{frequencies, grouped, concat_pos, sine_only};
                const auto positions_view = view(positions), out_view = view(out);
                run(threads, [&] { pk::cpu_ops().fourier_encode_points(bands, positions_view, out_view); });
+             });
+
+  module.def("latent_attention_fwd", [](const py::tuple& inputs, double scale, const py::tuple& dropout,
+                                        const py::tuple& outputs, int threads) {
+    const auto in = latent_inputs(inputs, scale, dropout);
+    const pk::LatentOutputs out{view(outputs[0]), view(outputs[1])};
+    run(threads, [&] { pk::cpu_ops().latent_attention_fwd(in, out); });
+  });
+  module.def("latent_attention_bwd",
+             [](const py::tuple& inputs, double scale, const py::tuple& dropout, const py::tuple& saved,
+                const py::handle& d_out, const py::tuple& gradients, int threads) {
+               const auto in = latent_inputs(inputs, scale, dropout);
+               const pk::LatentOutputs out{view(saved[0]), view(saved[1])};
+               const auto upstream = view(d_out);
+               const pk::LatentGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2])};
+               run(threads, [&] { pk::cpu_ops().latent_attention_bwd(in, out, upstream, result); });
              });
 
   module.def("isa", [] { return std::string(pk::cpu_ops().name); }, "Instruction set in use.");

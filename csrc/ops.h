@@ -51,6 +51,24 @@ struct FourierBands {
   bool grouped = false, concat_pos = true, sine_only = false;
 };
 
+// Inputs of latent attention, softmax(scale * q k^T) v head by head. A dropout row is head * N + query.
+struct LatentInputs {
+  TensorView q;  // [B, H, N, D]
+  TensorView k;  // [B, H, M, D]
+  TensorView v;  // [B, H, M, Dv]
+  double scale = 1.0;
+  Dropout dropout;
+};
+
+struct LatentOutputs {
+  TensorView out;  // [B, H, N, Dv], channels contiguous
+  TensorView lse;  // [B, H, N], contiguous
+};
+
+struct LatentGradients {
+  TensorView q, k, v;  // as the inputs, channels contiguous
+};
+
 struct CpuOps {
   const char* name;
   int vector_bytes;
@@ -66,6 +84,9 @@ struct CpuOps {
   void (*fourier_encode_grid)(const FourierTables&, const TensorView& data, const TensorView& out);
   // out [P, E] for positions [P, A]. Channels of out are contiguous in both.
   void (*fourier_encode_points)(const FourierBands&, const TensorView& positions, const TensorView& out);
+  void (*latent_attention_fwd)(const LatentInputs&, const LatentOutputs&);
+  void (*latent_attention_bwd)(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
+                               const LatentGradients&);
   double (*exp_rate)(double seconds);
 };
 

@@ -5,6 +5,7 @@ from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
+from perceiver_kernels.ops.latent_attention import latent_attention
 from perceiver_kernels.ops.separable_attention import SeparableState, separable_attention
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "SeparableState",
     "explain",
     "fourier_encode",
+    "latent_attention",
     "separable_attention",
     "use_backend",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from perceiver_kernels.ops import fourier_encode, separable_attention
+from perceiver_kernels.ops import fourier_encode, latent_attention, separable_attention
 
-_EXPLANATIONS: dict[str, Callable[..., str]] = {op.OP: op.explain for op in (fourier_encode, separable_attention)}
+_EXPLANATIONS: dict[str, Callable[..., str]] = {
+    op.OP: op.explain for op in (fourier_encode, latent_attention, separable_attention)
+}
 
 
 def explain(op: Any, *args: Any, **kwargs: Any) -> str:

@@ -41,6 +41,38 @@ SEPARABLE_SHAPES = [
 ]
 
 
+@dataclass(frozen=True)
+class LatentShape:
+    """One call of latent attention."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    head_dim_v: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch}-H{self.heads}-N{self.queries}-M{self.keys}-D{self.head_dim}-Dv{self.head_dim_v}"
+
+
+LATENT_SHAPES = [
+    LatentShape(1, 1, 1, 1, 1, 1),
+    LatentShape(2, 3, 15, 17, 8, 8),
+    LatentShape(1, 2, 16, 16, 17, 17),
+    LatentShape(2, 1, 17, 15, 40, 24),
+    LatentShape(1, 2, 127, 129, 64, 64),
+    LatentShape(2, 2, 128, 128, 64, 64),
+    LatentShape(1, 2, 129, 127, 96, 33),
+    LatentShape(1, 1, 97, 257, 1, 128),
+    LatentShape(1, 1, 1, 300, 128, 1),
+    LatentShape(1, 1, 300, 1, 161, 161),
+    LatentShape(1, 1, 193, 130, 256, 256),
+    LatentShape(5, 8, 33, 40, 12, 20),  # more heads than parts of keys are wanted for
+    LatentShape(1, 1, 20, 2500, 5, 7),  # as many parts of keys as there may be, of several blocks each
+]
+
+
 def available_backends(op: str, device: str = "cpu") -> list[str]:
     """Backends that can run the op on this machine, the reference last."""
     return [

@@ -61,5 +61,20 @@ class DropoutScales {
   uint32_t words_[width][4];
 };
 
+// Scales of one row for tokens [first_token, first_token + count), first_token a multiple of 4; keep has room for a
+// multiple of 4.
+template <class T>
+inline void dropout_row(const Dropout& dropout, int64_t batch_index, int64_t row, int64_t first_token, int64_t count,
+                        T* keep) {
+  const uint64_t threshold = static_cast<uint64_t>(dropout.p * 4294967296.0);
+  const T kept = static_cast<T>(1.0 / (1.0 - dropout.p));
+  for (int64_t token = 0; token < count; token += 4) {
+    uint32_t words[4] = {static_cast<uint32_t>((first_token + token) >> 2), static_cast<uint32_t>(row),
+                         static_cast<uint32_t>(batch_index), dropout.offset};
+    philox(words, dropout.seed);
+    for (int i = 0; i < 4; ++i) keep[token + i] = words[i] < threshold ? T(0) : kept;
+  }
+}
+
 }  // namespace
 }  // namespace pk

@@ -161,3 +161,39 @@ def fourier_encode_points(
     cpu_module().fourier_encode_points(
         describe(positions), frequencies, grouped, concat_pos, sine_only, describe(out), torch.get_num_threads()
     )
+
+
+def rows_first(like: Tensor, rows: int, channels: int) -> Tensor:
+    """An uninitialised (batch, heads, rows, channels) tensor that lies in memory as (batch, rows, heads, channels)."""
+    batch, heads = like.shape[:2]
+    return like.new_empty(batch, rows, heads, channels).transpose(1, 2)
+
+
+def latent_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, N, head_dim_v) and lse (batch, heads, N), by csrc/cpu/latent_attention.cpp."""
+    out = rows_first(q, q.shape[2], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    cpu_module().latent_attention_fwd(
+        describe_all((q, k, v)), scale, (dropout_p, seed, 0), describe_all((out, lse)), torch.get_num_threads()
+    )
+    return out, lse
+
+
+def latent_attention_bwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in memory as (batch, rows, heads, channels), by csrc/cpu/latent_attention.cpp."""
+    d_q, d_k, d_v = (rows_first(tensor, *tensor.shape[2:]) for tensor in (q, k, v))
+    lse = lse.contiguous()
+    cpu_module().latent_attention_bwd(
+        describe_all((q, k, v)),
+        scale,
+        (dropout_p, seed, 0),
+        describe_all((out, lse)),
+        describe(d_out),
+        describe_all((d_q, d_k, d_v)),
+        torch.get_num_threads(),
+    )
+    return d_q, d_k, d_v

@@ -1,0 +1,216 @@
+"""Latent attention: exact self-attention among latents, forward and backward without a score matrix in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
+from perceiver_kernels.backends.reference import latent_attention as reference
+
+OP = "latent_attention"
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "native",
+        load=lambda: native,
+        devices=("cpu",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DTYPES,
+        channels=(1, MAX_HEAD_DIM),
+        unavailable=native.cpu_unavailable,
+    )
+)
+dispatch.declare(
+    dispatch.Declaration(
+        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES
+    )
+)
+
+
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Exact softmax attention of moderate length, as among latents.
+
+    out = softmax(scale * q @ k^T) @ v, accumulated in float32 (float64 for float64 inputs).
+
+    Args:
+        q: (batch, heads, N, head_dim), float32, float64, bfloat16 or float16; any strides, so that views of a packed
+            projection are read where they stand.
+        k: (batch, heads, M, head_dim), in q's dtype.
+        v: (batch, heads, M, head_dim_v), in q's dtype. head_dim and head_dim_v need not be multiples of anything.
+        scale: defaults to head_dim ** -0.5.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones are divided by 1 - dropout_p.
+        seed: of the dropout, from 0 to 2^63 - 1; by default drawn from torch's generator.
+
+    Returns:
+        (batch, heads, N, head_dim_v), in q's dtype: a transposed view of (batch, N, heads, head_dim_v), which the next
+        projection reads without a copy. A query whose scores are all -inf, or without keys, gets zeros. Under
+        torch.autocast, inputs that are not float64 are cast as scaled_dot_product_attention casts them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        BackendError: a forced backend cannot run this call; the message lists every reason.
+
+    Memory: O(N + M) beyond the inputs. Backward is deterministic and recomputes the weights.
+    Source: Jaegle et al. 2021, arXiv:2103.03206; Dao 2023, arXiv:2307.08691.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check(q, k, v, dropout_p, seed)
+    random = None
+    if dropout_p > 0:
+        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return torch.ops.perceiver_kernels.latent_attention_fwd(q, k, v, random, scale, dropout_p)[0]
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, where it is on and they are of lower precision than float64."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: int | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, must have 4: (batch, heads, tokens, head_dim)")
+        if tensor.shape[3] < 1:
+            raise ValueError(f"{name} has head_dim 0, must have at least 1")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}, must be float32, float64, bfloat16 or float16")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} as q has")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} as q is")
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {q.shape[0]} as q has")
+        if tensor.shape[1] != q.shape[1]:
+            raise ValueError(f"{name} has {tensor.shape[1]} heads, must have {q.shape[1]} as q has")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head_dim {k.shape[3]}, must have {q.shape[3]} as q has")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v has {v.shape[2]} tokens, must have {k.shape[2]} as k has")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
+
+
+def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
+    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    channels = max(q.shape[3], v.shape[3])
+    return dispatch.Call(OP, q.device.type, compute_dtype, q.dtype, channels=channels, dropout=dropout_p > 0)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, **_: Any) -> str:
+    """Which backend would run this call of latent_attention, and the others' reasons why not."""
+    return dispatch.describe(_call(q, v, dropout_p))
+
+
+library = torch.library.Library("perceiver_kernels", "FRAGMENT")
+library.define(
+    "latent_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? random, float scale, float dropout_p) "
+    "-> (Tensor out, Tensor lse)"
+)
+library.define(
+    "latent_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor? random, float scale, float dropout_p, Tensor out, "
+    "Tensor lse, Tensor d_out) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
+)
+
+
+def _fwd(
+    q: Tensor, k: Tensor, v: Tensor, random: Tensor | None, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    backend = dispatch.select(_call(q, v, dropout_p)).load()
+    return backend.latent_attention_fwd(q, k, v, scale, dropout_p, 0 if random is None else int(random))
+
+
+def _bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    random: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = dispatch.select(_call(q, v, dropout_p)).load()
+    seed = 0 if random is None else int(random)
+    return backend.latent_attention_bwd(q, k, v, out, lse, d_out, scale, dropout_p, seed)
+
+
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, random: Tensor | None, scale: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return native.rows_first(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _bwd_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    random: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (native.rows_first(tensor, tensor.shape[2], tensor.shape[3]) for tensor in (q, k, v))
+    return d_q, d_k, d_v
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, random, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(q, k, v, random, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 6
+    q, k, v, random, out, lse = ctx.saved_tensors
+    gradients = torch.ops.perceiver_kernels.latent_attention_bwd(
+        q, k, v, random, ctx.scale, ctx.dropout_p, out, lse, d_out
+    )
+    wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
+    return (*wanted, None, None, None)
+
+
+def _no_second_derivatives(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("latent_attention has no second derivatives; use the formula in plain PyTorch for those")
+
+
+library.impl("latent_attention_fwd", _fwd, "CompositeExplicitAutograd")
+library.impl("latent_attention_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("perceiver_kernels::latent_attention_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("perceiver_kernels::latent_attention_bwd", _bwd_fake, lib=library)
+torch.library.register_autograd(
+    "perceiver_kernels::latent_attention_fwd", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd("perceiver_kernels::latent_attention_bwd", _no_second_derivatives, lib=library)

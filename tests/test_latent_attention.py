@@ -1,0 +1,452 @@
+"""Latent attention: reference against loops, every backend against the float64 reference, registration, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse
+from shapes import LATENT_SHAPES, LatentShape, available_backends
+from torch import Tensor
+
+import perceiver_kernels as pk
+from perceiver_kernels import dispatch
+from perceiver_kernels.backends.reference.philox import dropout_scales
+from perceiver_kernels.ops.latent_attention import DTYPES, OP, latent_attention
+
+BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
+NAMES = ("out", "d_q", "d_k", "d_v")
+
+
+def make_inputs(shape: LatentShape, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
+    """Float64 q, k, v and the gradient of out."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *size: torch.randn(shape.batch, shape.heads, *size, generator=g, dtype=torch.float64)  # noqa: E731
+    return [
+        spread * rand(shape.queries, shape.head_dim),
+        rand(shape.keys, shape.head_dim),
+        rand(shape.keys, shape.head_dim_v),
+        rand(shape.queries, shape.head_dim_v),
+    ]
+
+
+def run(inputs: list[Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
+    """out and the gradients of q, k and v; the inputs' strides are kept."""
+    q, k, v = (tensor.detach().requires_grad_() for tensor in inputs[:3])
+    with pk.use_backend(backend):
+        out = latent_attention(q, k, v, **options)
+        gradients = torch.autograd.grad(out, (q, k, v), inputs[3])
+    return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
+
+
+def check_against_reference(
+    inputs: list[Tensor], backend: str, dtype: torch.dtype, amplification: float = 1.0, **options: Any
+) -> None:
+    typed = [tensor.to(dtype) for tensor in inputs]
+    truth = run([tensor.double() for tensor in typed], "reference", **options)
+    plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
+    for name, value in actual.items():
+        assert value.dtype == dtype
+        if name in ("d_q", "d_k") and typed[1].shape[2] == 1:
+            check_zero(value, typed)
+            continue
+        assert_no_worse(value, plain[name], truth[name], name, amplification)
+
+
+def check_zero(value: Tensor, inputs: list[Tensor]) -> None:
+    """A softmax over one key is 1, whatever the score: its gradients are differences of equal terms, each rounded."""
+    q, k, v, d_out = (tensor.double().abs() for tensor in inputs)
+    term = 2 * (d_out @ v.transpose(2, 3)).max() * max(q.max(), k.max())
+    assert value.abs().max() <= 16 * torch.finfo(value.dtype).eps * term
+
+
+# --- the reference against explicit loops ---------------------------------------------------------------------------
+
+
+def test_reference_is_the_formula() -> None:
+    q, k, v, _ = make_inputs(LatentShape(2, 2, 3, 5, 4, 3))
+    with pk.use_backend("reference"):
+        out = latent_attention(q, k, v, scale=0.3)
+    for b, h, n in itertools.product(range(2), range(2), range(3)):
+        scores = [0.3 * (q[b, h, n] @ k[b, h, m]) for m in range(5)]
+        total = sum(math.exp(score) for score in scores)
+        expected = sum(math.exp(score) / total * v[b, h, m] for m, score in enumerate(scores))
+        torch.testing.assert_close(out[b, h, n], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reference_is_torch_s(dtype: torch.dtype) -> None:
+    q, k, v, _ = (tensor.to(dtype) for tensor in make_inputs(LatentShape(2, 3, 17, 29, 16, 16)))
+    with pk.use_backend("reference"):
+        torch.testing.assert_close(latent_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(backend: str, dropout_p: float) -> None:
+    q, k, v, _ = make_inputs(LatentShape(2, 2, 5, 7, 3, 4))
+    f = lambda *leaves: latent_attention(*leaves, dropout_p=dropout_p, seed=3)  # noqa: E731
+    with pk.use_backend(backend):
+        assert torch.autograd.gradcheck(f, [tensor.requires_grad_() for tensor in (q, k, v)])
+
+
+# --- every backend against the float64 reference ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("shape", LATENT_SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shape_grid(backend: str, shape: LatentShape, dtype: torch.dtype) -> None:
+    check_against_reference(make_inputs(shape), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_worse_than_torch(backend: str) -> None:
+    """The bound of the tolerance table with torch's fused attention as the plain path."""
+    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 4, 512, 512, 64, 64))]
+    truth, actual = run([tensor.double() for tensor in inputs], "reference"), run(inputs, backend)
+    q, k, v = (tensor.requires_grad_() for tensor in inputs[:3])
+    out = F.scaled_dot_product_attention(q, k, v)
+    plain = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])), strict=True))
+    for name, value in actual.items():
+        assert_no_worse(value, plain[name], truth[name], name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    queries=st.integers(1, 200),
+    keys=st.integers(1, 200),
+    head_dim=st.integers(1, 256),
+    head_dim_v=st.integers(1, 256),
+    spread=st.sampled_from([0.1, 1.0]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
+    seed=st.integers(0, 2**20),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_shape(
+    backend: str,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    head_dim_v: int,
+    spread: float,
+    dropout_p: float,
+    seed: int,
+) -> None:
+    shape = LatentShape(batch, heads, queries, keys, head_dim, head_dim_v)
+    options = {"dropout_p": dropout_p, "seed": seed}
+    check_against_reference(make_inputs(shape, spread=spread, seed=seed), backend, torch.float64, **options)
+
+
+def packed_projection(inputs: list[Tensor]) -> list[Tensor]:
+    """q, k and v as views of one (batch, rows, 3, heads, head_dim); the gradient as a view of (batch, rows, ...)."""
+    packed = torch.stack([tensor.transpose(1, 2) for tensor in inputs[:3]], 2)
+    q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
+    return [q, k, v, inputs[3].transpose(1, 2).contiguous().transpose(1, 2)]
+
+
+def channels_strided(inputs: list[Tensor]) -> list[Tensor]:
+    return [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in inputs]
+
+
+def misaligned(inputs: list[Tensor]) -> list[Tensor]:
+    return [F.pad(tensor, (1, 2, 1, 0))[..., 1:, 1:-2] for tensor in inputs]
+
+
+def expanded(inputs: list[Tensor]) -> list[Tensor]:
+    """One head for all, one row for all, one channel for all, and the gradient of a sum."""
+    q, k, v, gradient = inputs
+    one = gradient.new_ones(()).expand(gradient.shape)
+    return [q[:, :1].expand_as(q), k[:, :, :1].expand_as(k), v[..., :1].expand_as(v), one]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [packed_projection, channels_strided, misaligned, expanded])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend: str, layout: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype) -> None:
+    inputs = [tensor.to(dtype) for tensor in make_inputs(LatentShape(2, 3, 37, 37, 24, 24))]
+    strided = layout(inputs)
+    assert any(not tensor.is_contiguous() for tensor in strided)
+    actual, expected = run(strided, backend), run([tensor.contiguous() for tensor in strided], backend)
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+    check_against_reference(strided, backend, dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_results_lie_as_the_projections_read_them(backend: str) -> None:
+    for value in run(make_inputs(LatentShape(2, 3, 5, 7, 4, 6)), backend).values():
+        assert value.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
+    q, k, v, gradient = make_inputs(LatentShape(1, 2, 5, 7, 4, 6))
+    with pk.use_backend(backend):
+        out = latent_attention(q, k.requires_grad_(), v)
+        (d_k,) = torch.autograd.grad(out, k, gradient)
+        assert not latent_attention(q, k.detach(), v).requires_grad
+    assert torch.equal(d_k, run([q, k, v, gradient], backend)["d_k"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_in_the_thousands(backend: str) -> None:
+    for spread in (300.0, 1e4):
+        inputs = make_inputs(LatentShape(1, 2, 40, 300, 16, 16), spread=spread)
+        check_against_reference(inputs, backend, torch.float64, amplification=spread)
+        check_against_reference(inputs, backend, torch.float32, amplification=spread)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_grow_and_fall_from_block_to_block(backend: str) -> None:
+    """The running maximum moves with every block of keys, or never; a score above all others, first and last."""
+    q, k, v, gradient = make_inputs(LatentShape(1, 1, 5, 700, 1, 8))
+    for keys in (torch.arange(700.0), -torch.arange(700.0), (torch.arange(700.0) == 699) * 900.0):
+        inputs = [torch.full_like(q, 0.7), keys.double().view(k.shape), v, gradient]
+        check_against_reference(inputs, backend, torch.float32, amplification=100.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_scores_far_below_zero(backend: str) -> None:
+    """What pads the last tile of keys must not count, be it above every true score."""
+    q, k, v, _ = (tensor.float() for tensor in make_inputs(LatentShape(1, 1, 5, 3, 4, 4)))
+    q, k = torch.full_like(q, -100.0), 100 + k
+    with pk.use_backend("reference"):
+        truth, plain = latent_attention(q.double(), k.double(), v.double()), latent_attention(q, k, v)
+    with pk.use_backend(backend):
+        assert_no_worse(latent_attention(q, k, v), plain, truth, amplification=2e4)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.75])
+@pytest.mark.parametrize("shape", LATENT_SHAPES[:8], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_the_same_on_every_backend(backend: str, shape: LatentShape, dropout_p: float) -> None:
+    inputs = make_inputs(shape)
+    check_against_reference(inputs, backend, torch.float64, dropout_p=dropout_p, seed=2**40 + 7)
+    check_against_reference(inputs, backend, torch.float32, dropout_p=dropout_p, seed=2**40 + 7)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_dropout_mask_is_that_of_its_counters(backend: str) -> None:
+    """With equal scores and the identity as values, the output is the mask."""
+    batch, heads, queries, keys = 2, 3, 100, 200
+    q, k = torch.zeros(batch, heads, queries, 1), torch.zeros(batch, heads, keys, 1)
+    v = torch.eye(keys).expand(batch, heads, keys, keys)
+    with pk.use_backend(backend):
+        out = latent_attention(q, k, v, dropout_p=0.3, seed=11)
+        other = latent_attention(q, k, v, dropout_p=0.3, seed=12)
+    scales = dropout_scales(torch.Size((batch, heads * queries, keys)), 0.3, 11, torch.float32, q.device)
+    assert torch.equal(out != 0, scales.view(out.shape) != 0)
+    assert not torch.equal(out, other)
+    # 120,000 weights kept with probability 0.7: standard deviation 0.0013.
+    assert abs((out != 0).float().mean().item() - 0.7) < 5 * 0.0013
+
+
+def test_dropout_draws_from_torch_s_generator() -> None:
+    q, k, v, _ = make_inputs(LatentShape(1, 2, 8, 64, 4, 4))
+    torch.manual_seed(5)
+    first, second = (latent_attention(q, k, v, dropout_p=0.3) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(latent_attention(q, k, v, dropout_p=0.3), first)
+    assert not torch.equal(first, second)
+
+
+# --- determinism, NaN, nothing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [LatentShape(1, 3, 300, 400, 32, 40), LatentShape(7, 5, 20, 33, 8, 8)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_number_of_threads_changes_nothing(backend: str, shape: LatentShape) -> None:
+    inputs = [tensor.float() for tensor in make_inputs(shape)]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 2, 5, 16):
+            torch.set_num_threads(count)
+            results.append(run(inputs, backend, dropout_p=0.1, seed=1))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_what_depends_on_it_and_nothing_else(backend: str, which: int) -> None:
+    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
+    inputs[which][0, 0, 17, 3] = math.nan
+    actual, expected = run(inputs, backend), run(inputs, "reference")
+    for name, value in actual.items():
+        assert torch.equal(value.isnan(), expected[name].isnan()), name
+        assert value[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_inputs_do_no_harm_elsewhere(backend: str, which: int, value: float) -> None:
+    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
+    inputs[which][0, 0, 17, 3] = value
+    actual, expected = run(inputs, backend), run(inputs, "reference")
+    assert torch.equal(actual["out"].isfinite(), expected["out"].isfinite())
+    for result in actual.values():
+        assert result[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> None:
+    inputs = make_inputs(LatentShape(1, 2, 4, 150, 1, 3))
+    inputs[0].abs_()
+    inputs[1][0, 0] = -math.inf
+    out = run(inputs, backend)["out"]
+    assert (out[0, 0] == 0).all()
+    assert (out[0, 1] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [LatentShape(0, 2, 3, 4, 5, 6), LatentShape(2, 0, 3, 4, 5, 6), LatentShape(2, 2, 0, 4, 5, 6)],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_nothing_in_nothing_out(backend: str, shape: LatentShape) -> None:
+    inputs = make_inputs(shape)
+    for value, like in zip(run(inputs, backend).values(), (inputs[3], *inputs[:3]), strict=True):
+        assert value.shape == like.shape
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_no_keys_give_zeros(backend: str) -> None:
+    results = run(make_inputs(LatentShape(2, 2, 3, 0, 5, 6)), backend)
+    assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(level: str) -> None:
+    """Each level that this processor runs passes the same cases in a process that is forced to it."""
+    from perceiver_kernels import _cpu
+
+    if level not in _cpu.isa_levels():
+        pytest.skip(f"this processor does not run {level}")
+    code = (
+        "from perceiver_kernels import _cpu; import test_latent_attention as t\n"
+        f"assert _cpu.isa() == {level!r}\n"
+        "for shape in t.LATENT_SHAPES:\n"
+        "    for dtype in t.DTYPES:\n"
+        "        t.check_against_reference(t.make_inputs(shape), 'native', dtype)\n"
+        "        t.check_against_reference(t.channels_strided(t.make_inputs(shape)), 'native', dtype, dropout_p=0.2,"
+        " seed=1)\n"
+    )
+    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_opcheck(backend: str, dtype: torch.dtype) -> None:
+    q, k, v, _ = (tensor.to(dtype).requires_grad_() for tensor in make_inputs(LatentShape(2, 2, 5, 7, 4, 6)))
+    with pk.use_backend(backend):
+        for random, dropout_p in ((None, 0.0), (torch.tensor([3]), 0.5)):
+            torch.library.opcheck(
+                torch.ops.perceiver_kernels.latent_attention_fwd.default, (q, k, v, random, 0.5, dropout_p)
+            )
+
+
+def test_compiles_whole_with_dynamic_shapes() -> None:
+    def f(qkv: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        return latent_attention(q, k, v).transpose(1, 2).flatten(2).square().sum() * 2
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for rows in (12, 33):
+        leaves = [torch.randn(2, rows, 3, 4, 8, generator=torch.Generator().manual_seed(rows)) for _ in range(2)]
+        results = [g(leaf.requires_grad_()) for g, leaf in zip((f, compiled), leaves, strict=True)]
+        torch.testing.assert_close(results[0], results[1])
+        gradients = [torch.autograd.grad(result, leaf) for result, leaf in zip(results, leaves, strict=True)]
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_autocast_casts_as_torch_does() -> None:
+    q, k, v, _ = (tensor.float() for tensor in make_inputs(LatentShape(1, 2, 9, 9, 8, 8)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for inputs in ((q, k, v), (q.bfloat16(), k, v), (q.double(), k.double(), v.double())):
+            ours, theirs = latent_attention(*inputs), F.scaled_dot_product_attention(*inputs)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+        compiled = torch.compile(lambda *inputs: latent_attention(*inputs), fullgraph=True)
+        assert compiled(q, k, v).dtype == torch.bfloat16
+    leaf = q.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = latent_attention(leaf, k, v)
+    assert torch.autograd.grad(out.float().sum(), leaf)[0].dtype == torch.float32
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v, _ = make_inputs(LatentShape(1, 1, 3, 4, 2, 2))
+    out = latent_attention(q.requires_grad_(), k, v)
+    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="latent_attention has no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_explain_and_the_limit_of_the_native_kernel() -> None:
+    q, k, v, _ = make_inputs(LatentShape(1, 1, 3, 4, 257, 2))
+    assert "native: no, channels is 257, must be from 1 to 256" in pk.explain(latent_attention, q, k, v)
+    assert "native: runs this call" in pk.explain("latent_attention", q[..., :256], k[..., :256], v)
+    with pk.use_backend("native"), pytest.raises(dispatch.BackendError, match="channels is 257"):
+        latent_attention(q, k, v)
+    torch.testing.assert_close(latent_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 5, 4)}, "q has 3 dimensions, must have 4"),
+        ({"k": torch.zeros(2, 7, 4)}, "k has 3 dimensions, must have 4"),
+        ({"v": torch.zeros(6)}, "v has 1 dimensions, must have 4"),
+        ({"q": torch.zeros(2, 3, 5, 0), "k": torch.zeros(2, 3, 7, 0)}, "q has head_dim 0, must have at least 1"),
+        ({"v": torch.zeros(2, 3, 7, 0)}, "v has head_dim 0, must have at least 1"),
+        ({"q": torch.zeros(2, 3, 5, 4, dtype=torch.int64)}, "q has dtype torch.int64, must be float32, float64"),
+        ({"k": torch.zeros(2, 3, 7, 4).double()}, "k has dtype torch.float64, must be torch.float32 as q has"),
+        ({"v": torch.zeros(2, 3, 7, 6).half()}, "v has dtype torch.float16, must be torch.float32 as q has"),
+        ({"k": torch.zeros(2, 3, 7, 4, device="meta")}, "k is on meta, must be on cpu as q is"),
+        ({"v": torch.zeros(2, 3, 7, 6, device="meta")}, "v is on meta, must be on cpu as q is"),
+        ({"k": torch.zeros(1, 3, 7, 4)}, "k has batch 1, must be 2 as q has"),
+        ({"v": torch.zeros(2, 1, 7, 6)}, "v has 1 heads, must have 3 as q has"),
+        ({"k": torch.zeros(2, 3, 7, 5)}, "k has head_dim 5, must have 4 as q has"),
+        ({"v": torch.zeros(2, 3, 8, 6)}, "v has 8 tokens, must have 7 as k has"),
+        ({"dropout_p": 1.0}, "dropout_p is 1.0, must be at least 0 and less than 1"),
+        ({"dropout_p": math.nan}, "dropout_p is nan, must be at least 0 and less than 1"),
+        ({"seed": -1}, r"seed is -1, must be from 0 to 2\^63 - 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    inputs = {"q": torch.zeros(2, 3, 5, 4), "k": torch.zeros(2, 3, 7, 4), "v": torch.zeros(2, 3, 7, 6)}
+    with pytest.raises(ValueError, match=message):
+        latent_attention(**{**inputs, **changes})
