@@ -46,13 +46,6 @@ inline Vec<float> widen(const Float16* source) {
   return (Vec<float>)(value | not_finite | ((bits & 0x8000) << 16));
 }
 
-template <class T>
-inline Vec<T> load_unaligned(const T* source) {
-  Vec<T> value;
-  std::memcpy(&value, source, sizeof value);
-  return value;
-}
-
 // `count` channels from the given one on, zeros after them.
 template <class T, class X>
 inline Vec<T> load_channels(const X* source, int64_t channel_step, int64_t count) {
