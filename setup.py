@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CPU = ROOT / "csrc" / "cpu"
 
-KERNELS = ["separable_attention", "separable_layer_norm", "fourier_encode", "exp_rate"]
+KERNELS = ["separable_attention", "separable_layer_norm", "fourier_encode", "linear", "exp_rate"]
 PLAIN = [ROOT / "csrc" / "bindings.cpp", CPU / "levels.cpp", CPU / "parallel.cpp"]
 
 # level -> (bytes per vector, compiler flags); levels.cpp lists the same names.

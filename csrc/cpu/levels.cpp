@@ -6,26 +6,31 @@
 
 #include "../ops.h"
 
-#define PK_DECLARE_LEVEL(level)                                                                          \
-  namespace level {                                                                                      \
-  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                         \
-  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&, \
-                               const SeparableGradients&);                                               \
-  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&,  \
-                            const TensorView&, int64_t, double, const TensorView&);                      \
-  void fourier_encode_grid(const FourierTables&, const TensorView&, const TensorView&);                  \
-  void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                 \
-  double exp_rate(double);                                                                               \
-  constexpr CpuOps ops(const char* name, int vector_bytes) {                                             \
-    return {name,                                                                                        \
-            vector_bytes,                                                                                \
-            separable_attention_fwd,                                                                     \
-            separable_attention_bwd,                                                                     \
-            separable_layer_norm,                                                                        \
-            fourier_encode_grid,                                                                         \
-            fourier_encode_points,                                                                       \
-            exp_rate};                                                                                   \
-  }                                                                                                      \
+#define PK_DECLARE_LEVEL(level)                                                                             \
+  namespace level {                                                                                         \
+  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                            \
+  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&,    \
+                               const SeparableGradients&);                                                  \
+  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&,     \
+                            const TensorView&, int64_t, double, const TensorView&);                         \
+  void fourier_encode_grid(const FourierTables&, const TensorView&, const TensorView&);                     \
+  void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                    \
+  void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&); \
+  void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,  \
+                           const TensorView&);                                                              \
+  double exp_rate(double);                                                                                  \
+  constexpr CpuOps ops(const char* name, int vector_bytes) {                                                \
+    return {name,                                                                                           \
+            vector_bytes,                                                                                   \
+            separable_attention_fwd,                                                                        \
+            separable_attention_bwd,                                                                        \
+            separable_layer_norm,                                                                           \
+            fourier_encode_grid,                                                                            \
+            fourier_encode_points,                                                                          \
+            linear_epilogue_fwd,                                                                            \
+            linear_epilogue_bwd,                                                                            \
+            exp_rate};                                                                                      \
+  }                                                                                                         \
   }
 
 namespace pk {
