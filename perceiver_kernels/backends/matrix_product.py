@@ -163,6 +163,14 @@ def is_small(rows: int, weight: Tensor) -> bool:
     return rows * weight.numel() < SMALL
 
 
+def prefers_torch(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own product of x with a weight of its dtype is the one to take."""
+    name = forced()
+    if name is None and not is_small(x.shape[0], weight):
+        name = fastest(_timings_of(x, weight, x.dtype))
+    return name in (None, "torch")
+
+
 def product(x: Tensor, weight: Tensor, out: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """x @ weight^T, (rows, N) in x's dtype; in `out` only where the chosen way can write there.
 

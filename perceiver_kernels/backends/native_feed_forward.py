@@ -8,6 +8,7 @@ from torch import Tensor
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.matrix_product import product as multiply
 from perceiver_kernels.backends.native_linear import Gradient, channels_contiguous, epilogue_bias, tiles
+from perceiver_kernels.backends.scratch import scratch
 
 
 def _normalised(
@@ -43,17 +44,13 @@ def feed_forward_fwd(
     saved = native.empty_large(x, (rows, hidden) if save_hidden else (0,), compute_dtype)
     added_in, added_out = epilogue_bias(bias_in, compute_dtype), epilogue_bias(bias_out, compute_dtype)
     residual = None if residual is None else channels_contiguous(residual)
-    scratch = activated = None
     for first, last in tiles(rows, hidden, compute_dtype):
-        if activated is None:
-            activated = x.new_empty(last - first, weight_out.shape[1], dtype=compute_dtype)
-            scratch = None if save_hidden else x.new_empty(last - first, hidden, dtype=compute_dtype)
-        target = saved[first:last] if scratch is None else scratch[: last - first]
+        target = saved[first:last] if save_hidden else scratch("product", last - first, hidden, compute_dtype)
         normed = _normalised(x[first:last], norm_weight, norm_bias, eps, _wide(compute_dtype))[0].to(compute_dtype)
         product = multiply(normed, weight_in, target, dtype=dtype)
         if save_hidden and product is not target:
             product = target.copy_(product)
-        inner = activated[: last - first]
+        inner = scratch("inner", last - first, weight_out.shape[1], compute_dtype)
         native.linear_epilogue_fwd(product, added_in, None, activation, inner)
         target = out[first:last]
         product = multiply(inner, weight_out, target if dtype == compute_dtype else None, dtype=dtype)
@@ -87,36 +84,44 @@ def feed_forward_bwd(
     added_in = epilogue_bias(bias_in, compute_dtype)
     wide_weight, wide_bias = (None if p is None else p.to(_wide(compute_dtype)) for p in (norm_weight, norm_bias))
     norm_mask = [needs_x, needs_norm_weight, needs_norm_bias]
-    d_x = native.empty_large(x, x.shape if needs_x else (0,), x.dtype)
+    parts = list(tiles(x.shape[0], weight_in.shape[0], compute_dtype))
+    d_x = native.empty_large(x, x.shape if needs_x and len(parts) != 1 else (0,), x.dtype)
     d_norm_weight = Gradient(wide_weight if needs_norm_weight else None)
     d_norm_bias = Gradient(wide_bias if needs_norm_bias else None)
     d_in, d_out_weight = Gradient(own_in if needs_in else None), Gradient(own_out if needs_out else None)
     d_bias_in = Gradient(added_in if needs_bias_in else None)
-    for first, last in tiles(x.shape[0], weight_in.shape[0], compute_dtype):
+    for first, last in parts:
         own_x = x[first:last].to(_wide(compute_dtype))
         normed, mean, rstd = _normalised(own_x, wide_weight, wide_bias, eps, own_x.dtype)
         normed = normed.to(compute_dtype)
-        product = hidden[first:last] if hidden.dim() == 2 else multiply(normed, weight_in, dtype=x.dtype)
-        upstream = d_out[first:last].to(compute_dtype)
+        if hidden.dim() == 2:
+            product = hidden[first:last]
+        else:
+            target = scratch("product", last - first, weight_in.shape[0], compute_dtype)
+            product = multiply(normed, weight_in, target, dtype=x.dtype)
+        upstream = d_out[first:last].to(compute_dtype).contiguous()
         if needs_out:
-            inner = x.new_empty(last - first, weight_out.shape[1], dtype=compute_dtype)
+            inner = scratch("inner", last - first, weight_out.shape[1], compute_dtype)
             native.linear_epilogue_fwd(product, added_in, None, activation, inner)
             d_out_weight.add_product(upstream, inner)
         if not (needs_in or needs_bias_in or any(norm_mask)):
             continue
-        d_product = torch.empty_like(product)
+        d_product = scratch("d_product", *product.shape, compute_dtype)
+        d_inner = torch.mm(upstream, own_out, out=scratch("inner", last - first, weight_out.shape[1], compute_dtype))
         d_bias = None if added_in is None or not needs_bias_in else torch.empty_like(added_in)
-        native.linear_epilogue_bwd(product, added_in, upstream @ own_out, activation, d_product, d_bias)
+        native.linear_epilogue_bwd(product, added_in, d_inner, activation, d_product, d_bias)
         d_bias_in.add(d_bias)
         d_in.add_product(d_product, normed)
         if any(norm_mask):
-            d_normed = (d_product @ own_in).to(own_x.dtype)
+            d_normed = torch.mm(d_product, own_in, out=scratch("d_normed", *normed.shape, compute_dtype))
             d_rows, *d_norm = torch.ops.aten.native_layer_norm_backward(
-                d_normed, own_x, x.shape[1:], mean, rstd, wide_weight, wide_bias, norm_mask
+                d_normed.to(own_x.dtype), own_x, x.shape[1:], mean, rstd, wide_weight, wide_bias, norm_mask
             )
             d_norm_weight.add(d_norm[0])
             d_norm_bias.add(d_norm[1])
-            if needs_x:
+            if needs_x and len(parts) == 1:
+                d_x = d_rows.to(x.dtype)
+            elif needs_x:
                 d_x[first:last] = d_rows
     none = x.new_empty(0)
     parameters = (norm_weight, norm_bias, weight_in, bias_in, weight_out)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.matrix_product import product as multiply
+from perceiver_kernels.backends.scratch import scratch
 
-_TILE_BYTES = 1 << 22
+_TILE_BYTES = 1 << 23
 _FEWEST_ROWS = 256
 
 
@@ -50,15 +51,13 @@ def linear_fwd(
     saved = native.empty_large(x, (rows, features) if save_product else (0,), compute_dtype)
     bias = epilogue_bias(bias, compute_dtype)
     residual = None if residual is None else channels_contiguous(residual)
-    scratch = None
     for first, last in tiles(rows, features, compute_dtype):
         if save_product:
             target = saved[first:last]
         elif out.shape[1] == features and dtype == compute_dtype:
             target = out[first:last]
         else:
-            scratch = x.new_empty(last - first, features, dtype=compute_dtype) if scratch is None else scratch
-            target = scratch[: last - first]
+            target = scratch("product", last - first, features, compute_dtype)
         product = multiply(x[first:last].to(compute_dtype), weight, target, dtype=x.dtype)
         if save_product and product is not target:
             product = target.copy_(product)
@@ -88,8 +87,8 @@ def linear_bwd(
     d_bias = Gradient(added if needs_bias else None)
     for first, last in tiles(x.shape[0], weight.shape[0], compute_dtype):
         own_x = x[first:last].to(compute_dtype)
-        tile = product[first:last] if product.dim() == 2 else multiply(own_x, weight, dtype=x.dtype)
-        d_product = torch.empty_like(tile)
+        tile = product[first:last] if product.dim() == 2 else _again(own_x, weight, x.dtype)
+        d_product = scratch("d_product", *tile.shape, compute_dtype)
         sums = torch.empty_like(added) if needs_bias and added is not None else None
         native.linear_epilogue_bwd(tile, added, d_out[first:last], activation, d_product, sums)
         if needs_x:
@@ -97,6 +96,10 @@ def linear_bwd(
         d_weight.add_product(d_product, own_x)
         d_bias.add(sums)
     return d_x.to(x.dtype), d_weight.total(weight), d_bias.total(weight if bias is None else bias)
+
+
+def _again(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return multiply(x, weight, scratch("product", x.shape[0], weight.shape[0], x.dtype), dtype=dtype)
 
 
 class Gradient:

@@ -14,6 +14,8 @@ from perceiver_kernels.backends.reference import linear as reference
 
 OP = "linear"
 ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
+# Elements of a result from which a fresh one comes page by page from the system: huge pages are faster then.
+_MUCH = 1 << 23
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 dispatch.declare(
@@ -83,10 +85,10 @@ def linear(
 
 
 def _plain(rows: Tensor, weight: Tensor) -> bool:
-    """Whether this is too small a call, with nothing after the product, for anything but F.linear."""
-    if torch.compiler.is_compiling() or dispatch.current_backend() != "auto" or matrix_product.forced():
+    """Whether F.linear is as fast as anything, where nothing follows the product."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or dispatch.current_backend() != "auto":
         return False
-    return matrix_product.is_small(rows.shape[0], weight)
+    return matrix_product.prefers_torch(rows, weight) and rows.shape[0] * weight.shape[0] < _MUCH
 
 
 def explain(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str:
