@@ -47,13 +47,13 @@ def feed_forward_fwd(
     for first, last in tiles(rows, hidden, compute_dtype):
         target = saved[first:last] if save_hidden else scratch("product", last - first, hidden, compute_dtype)
         normed = _normalised(x[first:last], norm_weight, norm_bias, eps, _wide(compute_dtype))[0].to(compute_dtype)
-        product = multiply(normed, weight_in, target, dtype=dtype)
+        product = multiply(normed, weight_in, target)
         if save_hidden and product is not target:
             product = target.copy_(product)
         inner = scratch("inner", last - first, weight_out.shape[1], compute_dtype)
         native.linear_epilogue_fwd(product, added_in, None, activation, inner)
         target = out[first:last]
-        product = multiply(inner, weight_out, target if dtype == compute_dtype else None, dtype=dtype)
+        product = multiply(inner, weight_out, target if dtype == compute_dtype else None)
         if product is target and added_out is residual is None:
             continue
         added = None if residual is None else residual[first:last]
@@ -98,7 +98,7 @@ def feed_forward_bwd(
             product = hidden[first:last]
         else:
             target = scratch("product", last - first, weight_in.shape[0], compute_dtype)
-            product = multiply(normed, weight_in, target, dtype=x.dtype)
+            product = multiply(normed, weight_in, target)
         upstream = d_out[first:last].to(compute_dtype).contiguous()
         if needs_out:
             inner = scratch("inner", last - first, weight_out.shape[1], compute_dtype)

@@ -58,7 +58,7 @@ def linear_fwd(
             target = out[first:last]
         else:
             target = scratch("product", last - first, features, compute_dtype)
-        product = multiply(x[first:last].to(compute_dtype), weight, target, dtype=x.dtype)
+        product = multiply(x[first:last].to(compute_dtype), weight, target)
         if save_product and product is not target:
             product = target.copy_(product)
         elif product.data_ptr() == out[first:last].data_ptr() and bias is residual is None and activation == "none":
@@ -87,7 +87,7 @@ def linear_bwd(
     d_bias = Gradient(added if needs_bias else None)
     for first, last in tiles(x.shape[0], weight.shape[0], compute_dtype):
         own_x = x[first:last].to(compute_dtype)
-        tile = product[first:last] if product.dim() == 2 else _again(own_x, weight, x.dtype)
+        tile = product[first:last] if product.dim() == 2 else _again(own_x, weight)
         d_product = scratch("d_product", *tile.shape, compute_dtype)
         sums = torch.empty_like(added) if needs_bias and added is not None else None
         native.linear_epilogue_bwd(tile, added, d_out[first:last], activation, d_product, sums)
@@ -98,8 +98,8 @@ def linear_bwd(
     return d_x.to(x.dtype), d_weight.total(weight), d_bias.total(weight if bias is None else bias)
 
 
-def _again(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return multiply(x, weight, scratch("product", x.shape[0], weight.shape[0], x.dtype), dtype=dtype)
+def _again(x: Tensor, weight: Tensor) -> Tensor:
+    return multiply(x, weight, scratch("product", x.shape[0], weight.shape[0], x.dtype))
 
 
 class Gradient:

@@ -1,4 +1,4 @@
-"""Other forms of a weight (packed, converted), made when the weight is met again and kept as long as it is unchanged."""
+"""Other forms of a weight (packed, converted), made when it is met again and kept as long as it is unchanged."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def feed_forward(
 ) -> Tensor:
     """LayerNorm and a two-layer MLP.
 
-    out = f(LayerNorm(x) @ weight_in^T + bias_in) @ weight_out^T + bias_out + residual; for geglu f([a | b]) = a * gelu(b).
+    out = f(LayerNorm(x) @ weight_in^T + bias_in) @ weight_out^T + bias_out + residual;
+    for geglu, f([a | b]) = a * gelu(b).
 
     Args:
         x: (..., dim), floating-point, any strides.
@@ -90,7 +91,9 @@ def feed_forward(
     return out.view(shape)
 
 
-def explain(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *_: Any, **__: Any) -> str:
+def explain(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *_: Any, **__: Any
+) -> str:
     """Which backend would run this call of feed_forward, and the others' reasons why not."""
     return dispatch.describe(_call(x, weight_in))
 
@@ -139,9 +142,7 @@ def _check(
 
 
 library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-_PARAMETERS = (
-    "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight_in, Tensor? bias_in, Tensor weight_out"
-)
+_PARAMETERS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight_in, Tensor? bias_in, Tensor weight_out"
 library.define(
     f"feed_forward_fwd({_PARAMETERS}, Tensor? bias_out, Tensor? residual, str activation, float eps, "
     "ScalarType compute_dtype, ScalarType dtype, bool save_hidden) -> (Tensor out, Tensor hidden)"
@@ -162,7 +163,9 @@ def _fwd(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight
     return backend.feed_forward_fwd(x, norm_weight, norm_bias, weight_in, *rest)
 
 
-def _bwd(d_out: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any) -> Any:
+def _bwd(
+    d_out: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any
+) -> Any:
     backend = dispatch.select(_call(x, weight_in)).load()
     return backend.feed_forward_bwd(d_out, x, norm_weight, norm_bias, weight_in, *rest)
 

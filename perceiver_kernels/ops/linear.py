@@ -46,7 +46,7 @@ def linear(
 ) -> Tensor:
     """A linear layer, what follows it, and a residual.
 
-    out = f(x @ weight^T + bias) + residual; for geglu, with [a | b] = x @ weight^T + bias, out = a * gelu(b) + residual.
+    out = f(x @ weight^T + bias) + residual;  for geglu, f([a | b]) = a * gelu(b).
 
     Args:
         x: (..., in_features), floating-point, any strides.

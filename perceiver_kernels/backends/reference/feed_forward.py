@@ -39,9 +39,7 @@ def feed_forward_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (rows, out_features) in dtype, and the first product in compute_dtype where it is to be saved, else empty."""
     normed = normalised(x, norm_weight, norm_bias, eps, wide(compute_dtype))[0].to(compute_dtype)
-    inner, hidden = linear_fwd(
-        normed, weight_in, bias_in, None, activation, compute_dtype, compute_dtype, save_hidden
-    )
+    inner, hidden = linear_fwd(normed, weight_in, bias_in, None, activation, compute_dtype, compute_dtype, save_hidden)
     return linear_fwd(inner, weight_out, bias_out, residual, "none", compute_dtype, dtype, False)[0], hidden
 
 
