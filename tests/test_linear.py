@@ -117,6 +117,14 @@ def test_matches_plain_torch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_small_calls(kind: str | None) -> None:
+    inputs = make_inputs((2, 3), 4, 6, kind, torch.float64)
+    assert_matches(inputs, kind)
+    leaves = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradgradcheck(lambda *t: ours(*t[:3], kind, t[3]), leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("provider", list(matrix_product.PROVIDERS))
 def test_every_provider(provider: str, dtype: torch.dtype, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +289,7 @@ def test_second_derivatives() -> None:
     x, weight, bias, residual = (t.requires_grad_() for t in make_inputs((3,), 4, 6, None, torch.float64))
     with pk.use_backend("reference"):
         assert torch.autograd.gradgradcheck(lambda x, w, b, r: linear(x, w, b, residual=r), (x, weight, bias, residual))
-    (d_x,) = torch.autograd.grad(linear(x, weight, activation="gelu").sum(), x, create_graph=True)
+        (d_x,) = torch.autograd.grad(linear(x, weight, activation="gelu").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         d_x.sum().backward()
 

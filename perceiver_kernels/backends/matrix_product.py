@@ -161,6 +161,11 @@ def is_small(rows: int, weight: Tensor) -> bool:
     return rows * weight.numel() < SMALL
 
 
+def too_small(rows: int, weight: Tensor) -> bool:
+    """Whether a call has less to gain than an operator of its own costs; never where a product is forced."""
+    return is_small(rows, weight) and forced() is None
+
+
 def prefers_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own product of x with a weight of its dtype is the one to take."""
     name = forced()

@@ -106,14 +106,14 @@ def feed_forward_bwd(
             d_out_weight.add_product(upstream, inner)
         if not (needs_in or needs_bias_in or any(norm_mask)):
             continue
-        d_product = scratch("d_product", *product.shape, compute_dtype)
+        d_product = scratch("d_product", last - first, weight_in.shape[0], compute_dtype)
         d_inner = torch.mm(upstream, own_out, out=scratch("inner", last - first, weight_out.shape[1], compute_dtype))
         d_bias = None if added_in is None or not needs_bias_in else torch.empty_like(added_in)
         native.linear_epilogue_bwd(product, added_in, d_inner, activation, d_product, d_bias)
         d_bias_in.add(d_bias)
         d_in.add_product(d_product, normed)
         if any(norm_mask):
-            d_normed = torch.mm(d_product, own_in, out=scratch("d_normed", *normed.shape, compute_dtype))
+            d_normed = torch.mm(d_product, own_in, out=scratch("d_normed", last - first, x.shape[1], compute_dtype))
             d_rows, *d_norm = torch.ops.aten.native_layer_norm_backward(
                 d_normed.to(own_x.dtype), own_x, x.shape[1:], mean, rstd, wide_weight, wide_bias, norm_mask
             )

@@ -88,7 +88,7 @@ def linear_bwd(
     for first, last in tiles(x.shape[0], weight.shape[0], compute_dtype):
         own_x = x[first:last].to(compute_dtype)
         tile = product[first:last] if product.dim() == 2 else _again(own_x, weight)
-        d_product = scratch("d_product", *tile.shape, compute_dtype)
+        d_product = scratch("d_product", last - first, weight.shape[0], compute_dtype)
         sums = torch.empty_like(added) if needs_bias and added is not None else None
         native.linear_epilogue_bwd(tile, added, d_out[first:last], activation, d_product, sums)
         if needs_x:

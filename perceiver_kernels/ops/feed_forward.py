@@ -11,7 +11,7 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import matrix_product, native, native_feed_forward
 from perceiver_kernels.backends.reference import feed_forward as reference
-from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, check_like, check_vector, result_dtype
+from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, check_like, check_vector, result_dtype, runs_composed
 
 OP = "feed_forward"
 
@@ -72,7 +72,7 @@ def feed_forward(
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
     Memory: the result and tiles of some megabytes; where a gradient is needed and save_hidden, the first product.
-        Backward is deterministic.
+        Backward is deterministic. Small calls run as torch's own operators, as those of `linear` do.
     Source: Shazeer 2020, arXiv:2002.05202 (GEGLU).
     """
     dtype = result_dtype(x)
@@ -81,9 +81,11 @@ def feed_forward(
     shape = (*x.shape[:-1], weight_out.shape[0])
     rows = x.reshape(math.prod(shape[:-1]), x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape[0], shape[-1])
+    parameters = (norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out)
+    if runs_composed(rows, weight_in):
+        return reference.composed(x, *parameters, residual, activation, eps)
     compute_dtype = matrix_product.compute_dtype(rows, weight_in, dtype) if x.device.type == "cpu" else dtype
     final = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    parameters = (norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     out, _ = torch.ops.perceiver_kernels.feed_forward_fwd(
         rows, *parameters, added, activation, eps, compute_dtype, final, save_hidden and needs_grad

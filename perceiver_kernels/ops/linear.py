@@ -66,6 +66,7 @@ def linear(
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
     Memory: the result; with an activation also the product, where a gradient is needed. Backward is deterministic.
+    Small calls run as torch's own operators, one after the other, unless a backend or a product is forced.
     Numbers: 16-bit inputs are multiplied in float32 and rounded once where that is faster than their own products.
     """
     dtype = result_dtype(x)
@@ -74,14 +75,23 @@ def linear(
     shape = (*x.shape[:-1], weight.shape[0] // 2 if kind.startswith("geglu") else weight.shape[0])
     rows = x.reshape(math.prod(shape[:-1]), x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape[0], shape[-1])
+    if runs_composed(rows, weight):
+        return reference.composed(x, weight, bias, residual, kind)
     compute_dtype = matrix_product.compute_dtype(rows, weight, dtype) if x.device.type == "cpu" else dtype
-    if kind == "none" and compute_dtype == dtype == x.dtype == weight.dtype and added is None and _plain(rows, weight):
+    if kind == "none" and compute_dtype == x.dtype == weight.dtype and residual is None and _plain(rows, weight):
         return torch.nn.functional.linear(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     save_product = kind != "none" and needs_grad and torch.is_grad_enabled()
     final = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     out, _ = torch.ops.perceiver_kernels.linear_fwd(rows, weight, bias, added, kind, compute_dtype, final, save_product)
     return out.view(shape)
+
+
+def runs_composed(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the call is so small that torch's own operators, one after the other, are faster."""
+    if torch.compiler.is_compiling() or rows.device.type != "cpu" or dispatch.current_backend() != "auto":
+        return False
+    return matrix_product.too_small(rows.shape[0], weight)
 
 
 def _plain(rows: Tensor, weight: Tensor) -> bool:

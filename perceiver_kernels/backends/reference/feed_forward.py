@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels.backends.reference import linear
 from perceiver_kernels.backends.reference.linear import activate, linear_bwd, linear_fwd
 
 
@@ -20,6 +21,24 @@ def normalised(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of LayerNorm: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def composed(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """The whole in torch's own differentiable operators; x of any shape."""
+    normed = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    inner = linear.composed(normed, weight_in, bias_in, None, activation)
+    return linear.composed(inner, weight_out, bias_out, residual, "none")
 
 
 def feed_forward_fwd(
@@ -74,7 +93,7 @@ def feed_forward_bwd(
         d_normed.to(own_x.dtype), own_x, x.shape[1:], mean, rstd, *norm, needs_norm
     )
     leading = (
-        d.to(like.dtype) if need else x.new_empty(0)
+        d.to(like.dtype) if need and like is not None else x.new_empty(0)
         for d, like, need in zip(d_norm, (x, norm_weight, norm_bias), needs_norm, strict=True)
     )
     return *leading, d_in, d_bias_in, d_weight_out

@@ -30,6 +30,12 @@ def activate_backward(product: Tensor, d_out: Tensor, activation: str) -> Tensor
     return torch.ops.aten.gelu_backward(d_out, product, approximate=approximate)
 
 
+def composed(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+    """The whole in torch's own differentiable operators; x of any shape."""
+    out = activate(F.linear(x, weight, bias), activation)
+    return out if residual is None else out + residual
+
+
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
