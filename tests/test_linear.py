@@ -365,6 +365,21 @@ def test_autocast(backend: str, provider: str, kind: str | None, monkeypatch: py
         assert_no_worse(one.bfloat16(), other.bfloat16(), exact, name)
 
 
+def test_measuring_under_autocast_measures_the_dtype_it_names(no_small_calls: None) -> None:
+    """Autocast must not turn the float32 product of "widened" into the 16-bit one it is compared with."""
+    seen = []
+    multiply = matrix_product.PROVIDERS["widened"].multiply
+    provider = matrix_product.Provider(
+        matrix_product.NARROW,
+        lambda weight, _: weight.float(),
+        lambda *arguments: seen.append(multiply(*arguments).dtype),  # type: ignore[arg-type, func-returns-value]
+    )
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setitem(matrix_product.PROVIDERS, "widened", provider)
+        linear(torch.randn(300, 64), torch.randn(96, 64), activation="gelu")
+    assert set(seen) == {torch.float32}
+
+
 def test_autocast_residual_promotes() -> None:
     x, weight, bias, residual = make_inputs((9,), 4, 6, "gelu", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

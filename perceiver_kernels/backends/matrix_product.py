@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -101,6 +102,12 @@ class Timing:
 
     multiply: float
     pack: float
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """For code that chooses its dtypes itself: torch's operators within it leave them as they are."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 prepared = PreparedWeights()
@@ -219,7 +226,8 @@ def _pays_at_once(timings: dict[str, Timing], name: str) -> bool:
 def _timings_of(x: Tensor, weight: Tensor, dtype: torch.dtype) -> dict[str, Timing]:
     key = (dtype, x.shape[0].bit_length(), *weight.shape, torch.get_num_threads())
     if key not in _timings:
-        _timings[key] = measure(x.shape[0], weight.shape[0], weight.shape[1], dtype)
+        with without_autocast("cpu"), torch.no_grad():
+            _timings[key] = measure(x.shape[0], weight.shape[0], weight.shape[1], dtype)
     return _timings[key]
 
 

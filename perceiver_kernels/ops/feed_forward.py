@@ -162,14 +162,16 @@ def _call(x: Tensor, weight: Tensor) -> dispatch.Call:
 
 def _fwd(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any) -> Any:
     backend = dispatch.select(_call(x, weight_in)).load()
-    return backend.feed_forward_fwd(x, norm_weight, norm_bias, weight_in, *rest)
+    with matrix_product.without_autocast(x.device.type):
+        return backend.feed_forward_fwd(x, norm_weight, norm_bias, weight_in, *rest)
 
 
 def _bwd(
     d_out: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any
 ) -> Any:
     backend = dispatch.select(_call(x, weight_in)).load()
-    return backend.feed_forward_bwd(d_out, x, norm_weight, norm_bias, weight_in, *rest)
+    with matrix_product.without_autocast(x.device.type):
+        return backend.feed_forward_bwd(d_out, x, norm_weight, norm_bias, weight_in, *rest)
 
 
 def _fwd_fake(

@@ -184,7 +184,8 @@ def _fwd(
     save_product: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(x, weight)).load()
-    return backend.linear_fwd(x, weight, bias, residual, activation, compute_dtype, dtype, save_product)
+    with matrix_product.without_autocast(x.device.type):
+        return backend.linear_fwd(x, weight, bias, residual, activation, compute_dtype, dtype, save_product)
 
 
 def _bwd(
@@ -199,7 +200,8 @@ def _bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(x, weight)).load()
-    return backend.linear_bwd(d_out, x, weight, bias, product, activation, (needs_x, needs_weight, needs_bias))
+    with matrix_product.without_autocast(x.device.type):
+        return backend.linear_bwd(d_out, x, weight, bias, product, activation, (needs_x, needs_weight, needs_bias))
 
 
 def _fwd_fake(
@@ -252,7 +254,7 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     if not (needs_x or needs_weight or needs_bias):
         return None, None, None, d_residual, None, None, None, None
     if ctx.activation == "none":  # in torch's operators, which have derivatives of their own
-        d_product = d_out.to(product.dtype)
+        d_product = d_out.to(product.dtype).contiguous()
         d_x = (d_product @ weight.to(product.dtype)).to(x.dtype) if needs_x else None
         d_weight = (d_product.t() @ x.to(product.dtype)).to(weight.dtype) if needs_weight else None
         d_bias = d_out.sum(0, dtype=torch.promote_types(d_out.dtype, torch.float32)) if needs_bias else None
