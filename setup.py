@@ -19,6 +19,7 @@ CPU = ROOT / "csrc" / "cpu"
 
 KERNELS = [
     "latent_attention",
+    "linear",
     "separable_attention",
     "separable_attention_tokens",
     "separable_layer_norm",

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "ops.h"
 
@@ -55,6 +56,10 @@ pk::LatentInputs latent_inputs(const py::tuple& inputs, double scale, const py::
           view(inputs[2]),
           scale,
           {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
+}
+
+pk::LinearEpilogue linear_epilogue(const py::handle& bias, int activation, bool gated) {
+  return {view(bias), static_cast<pk::Activation>(activation), gated};
 }
 
 // Runs a kernel without the interpreter lock, on as many threads as torch would use.
@@ -126,6 +131,26 @@ PYBIND11_MODULE(_cpu, module) {
                run(threads, [&] { pk::cpu_ops().latent_attention_bwd(in, out, upstream, result); });
              });
 
+  module.def("linear_epilogue_fwd", [](const py::handle& bias, int activation, bool gated, const py::handle& product,
+                                       const py::handle& residual, const py::handle& out, int threads) {
+    const auto epilogue = linear_epilogue(bias, activation, gated);
+    const auto product_view = view(product), residual_view = view(residual), out_view = view(out);
+    run(threads, [&] { pk::cpu_ops().linear_epilogue_fwd(epilogue, product_view, residual_view, out_view); });
+  });
+  module.def("linear_epilogue_bwd", [](const py::handle& bias, int activation, bool gated, const py::handle& product,
+                                       const py::handle& d_out, const py::handle& d_product, const py::handle& d_bias,
+                                       int threads) {
+    const auto epilogue = linear_epilogue(bias, activation, gated);
+    const auto product_view = view(product), d_out_view = view(d_out);
+    const auto d_product_view = view(d_product), d_bias_view = view(d_bias);
+    run(threads,
+        [&] { pk::cpu_ops().linear_epilogue_bwd(epilogue, product_view, d_out_view, d_product_view, d_bias_view); });
+  });
+
+  module.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, int64_t bytes) { pk::prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      "Asks for huge pages under memory that is about to be filled.");
   module.def("isa", [] { return std::string(pk::cpu_ops().name); }, "Instruction set in use.");
   module.def(
       "isa_levels",

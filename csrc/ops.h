@@ -69,6 +69,16 @@ struct LatentGradients {
   TensorView q, k, v;  // as the inputs, channels contiguous
 };
 
+// What follows the product x @ weight^T: out = f(product + bias) + residual. Gated: the product's first half times f of
+// its second half.
+enum class Activation : int { none, gelu, gelu_tanh };
+
+struct LinearEpilogue {
+  TensorView bias;  // [N] or undefined; float64 for a float64 product, else float32
+  Activation activation = Activation::none;
+  bool gated = false;
+};
+
 struct CpuOps {
   const char* name;
   int vector_bytes;
@@ -87,6 +97,14 @@ struct CpuOps {
   void (*latent_attention_fwd)(const LatentInputs&, const LatentOutputs&);
   void (*latent_attention_bwd)(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
                                const LatentGradients&);
+  // product [M, N], residual and out [M, N or N / 2], each of any floating dtype but float64 only for a float64
+  // product; columns contiguous. out may be the product or the residual itself.
+  void (*linear_epilogue_fwd)(const LinearEpilogue&, const TensorView& product, const TensorView& residual,
+                              const TensorView& out);
+  // d_product [M, N], and d_bias [N] in the bias's dtype or undefined: its column sums, the same on any number of
+  // threads.
+  void (*linear_epilogue_bwd)(const LinearEpilogue&, const TensorView& product, const TensorView& d_out,
+                              const TensorView& d_product, const TensorView& d_bias);
   double (*exp_rate)(double seconds);
 };
 

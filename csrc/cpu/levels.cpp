@@ -17,6 +17,9 @@
   void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                           \
   void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                            \
   void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&); \
+  void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);        \
+  void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,         \
+                           const TensorView&);                                                                     \
   double exp_rate(double);                                                                                         \
   constexpr CpuOps ops(const char* name, int vector_bytes) {                                                       \
     return {name,                                                                                                  \
@@ -28,6 +31,8 @@
             fourier_encode_points,                                                                                 \
             latent_attention_fwd,                                                                                  \
             latent_attention_bwd,                                                                                  \
+            linear_epilogue_fwd,                                                                                   \
+            linear_epilogue_bwd,                                                                                   \
             exp_rate};                                                                                             \
   }                                                                                                                \
   }

@@ -21,6 +21,8 @@ DTYPE_CODES = {
     torch.bool: 5,
 }
 
+HUGE_PAGES_FROM = 1 << 22  # bytes
+
 Described: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -197,3 +199,45 @@ def latent_attention_bwd(
         torch.get_num_threads(),
     )
     return d_q, d_k, d_v
+
+
+def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for a result, in huge pages where it is large: page faults cost more than filling it."""
+    result = like.new_empty(shape, dtype=dtype)
+    size = result.numel() * result.element_size()
+    if size >= HUGE_PAGES_FROM:
+        cpu_module().prefer_huge_pages(result.data_ptr(), size)
+    return result
+
+
+# (code of pk::Activation in csrc/ops.h, gated)
+ACTIVATION_CODES = {
+    "none": (0, False),
+    "gelu": (1, False),
+    "gelu_tanh": (2, False),
+    "geglu": (1, True),
+    "geglu_tanh": (2, True),
+}
+
+
+def linear_epilogue_fwd(
+    product: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor
+) -> None:
+    """Fills out with f(product + bias) + residual, by csrc/cpu/linear.cpp; out may be the product.
+
+    All are (rows, channels) with contiguous channels; bias is float64 for a float64 product, else float32.
+    """
+    cpu_module().linear_epilogue_fwd(
+        describe(bias), *ACTIVATION_CODES[activation], describe(product), describe(residual), describe(out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear_epilogue_bwd(
+    product: Tensor, bias: Tensor | None, d_out: Tensor, activation: str, d_product: Tensor, d_bias: Tensor | None
+) -> None:
+    """Fills d_product with the gradient of the product, and d_bias, where given, with its column sums."""
+    cpu_module().linear_epilogue_bwd(
+        describe(bias), *ACTIVATION_CODES[activation], describe(product), describe(d_out), describe(d_product),
+        describe(d_bias), torch.get_num_threads(),
+    )  # fmt: skip
