@@ -57,7 +57,8 @@ def check_against_reference(
     plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
     for name, value in actual.items():
         assert value.dtype == dtype
-        if name in ("d_q", "d_k") and typed[1].shape[2] == 1:
+        # With a single key, or one score far above all others, they are zero.
+        if name in ("d_q", "d_k") and truth[name].numel() and truth[name].abs().max() < 1e-12:
             check_zero(value, typed)
             continue
         assert_no_worse(value, plain[name], truth[name], name, amplification)
