@@ -271,7 +271,7 @@ def test_every_instruction_set(level: str) -> None:
     path = os.pathsep.join((os.path.dirname(__file__), os.getcwd()))
     environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
 
 
 def test_explain_names_the_backend() -> None:

@@ -487,7 +487,7 @@ def test_every_instruction_set(level: str) -> None:
         "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.getcwd())),
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
 
 
 def test_explain_names_the_backend() -> None:

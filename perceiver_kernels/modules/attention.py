@@ -15,6 +15,8 @@ from perceiver_kernels.modules.folding import (
     choose_path,
     separable_cross_attention,
 )
+from perceiver_kernels.modules.projection import project
+from perceiver_kernels.ops.latent_attention import latent_attention
 
 # perceiver-pytorch's: a latent without any weight gets zeros from inverted attention, not NaN.
 _INVERTED_EPS = 1e-8
@@ -41,7 +43,7 @@ class AttentionProjections(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Pre-norm attention of latents to data on a grid or to dense tokens; the residual is the caller's.
+    """Pre-norm attention of latents to data on a grid or to dense tokens.
 
     out = to_out( softmax(head_dim^-1/2 * q @ k^T) @ v ),
     q = to_q( norm(latents) ),  [k, v] = to_kv( norm_context(context) )
@@ -110,6 +112,7 @@ class CrossAttention(nn.Module):
         grid: FourierGrid | None = None,
         mask: Tensor | None = None,
         inverted: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Attend from the latents to the context.
 
@@ -120,6 +123,7 @@ class CrossAttention(nn.Module):
             grid: where the tokens stand and which features a position has.
             mask: bool (batch, M) or (batch, *grid.shape), True = attend.
             inverted: normalise each token's scores over the latents, then each latent's weights over the tokens.
+            residual: (batch, N, query_dim) or (1, N, query_dim), added to the result.
 
         Returns:
             (batch, N, query_dim).
@@ -129,7 +133,7 @@ class CrossAttention(nn.Module):
         """
         context, mask = self._flatten(latents, context, grid, mask)
         path = "inverted" if inverted else self._choose_path(latents, context, grid).path
-        query = self.fn.to_q(self.norm(latents))
+        query = project(self.fn.to_q, self.norm(latents))
         if mask is not None and not inverted and self.masked_rows == "mean":
             query, mask = _make_all_masked_uniform(query, mask)
         if path == "separable":
@@ -137,7 +141,7 @@ class CrossAttention(nn.Module):
             attended = separable_cross_attention(query, context, grid, mask, **self._key_value_arguments())
         else:
             attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
-        return self.fn.to_out(attended)
+        return project(self.fn.to_out, attended, residual)
 
     def explain(
         self,
@@ -211,9 +215,9 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm attention among the latents of an input; the residual is the caller's.
+    """Pre-norm attention among the latents of an input, without the (N, N) scores in memory.
 
-    out = to_out( softmax(head_dim^-1/2 * q @ k^T) @ v ),
+    out = to_out( softmax(head_dim^-1/2 * q @ k^T) @ v ) + residual,
     q = to_q( norm(x) ),  [k, v] = to_kv( norm(x) )
 
     Args:
@@ -249,13 +253,13 @@ class SelfAttention(nn.Module):
         self.fn = AttentionProjections(dim, dim, heads * head_dim, qkv_bias=qkv_bias, out_bias=out_bias, **factory)
         self.norm = nn.LayerNorm(dim, eps=eps, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, N, dim) to (batch, N, dim)."""
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Map (batch, N, dim) to (batch, N, dim) and add the residual, of the same shape."""
         x = self.norm(x)
-        query = _split_heads(self.fn.to_q(x), self.heads)
-        keys, values = (_split_heads(part, self.heads) for part in self.fn.to_kv(x).chunk(2, dim=-1))
-        dropout_p = self.dropout if self.training else 0.0
-        return self.fn.to_out(_merge_heads(F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p)))
+        query = _split_heads(project(self.fn.to_q, x), self.heads)
+        keys, values = project(self.fn.to_kv, x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = latent_attention(query, keys, values, dropout_p=self.dropout if self.training else 0.0)
+        return project(self.fn.to_out, _merge_heads(attended), residual)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dropout={self.dropout}"

@@ -1,9 +1,12 @@
-"""The pre-norm gated MLP of a Perceiver block; the caller adds the residual."""
+"""The pre-norm MLP of a Perceiver block."""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perceiver_kernels.modules.projection import is_plain
 from perceiver_kernels.ops.feed_forward import feed_forward
 
 
@@ -15,22 +18,27 @@ class GEGLU(nn.Module):
         return values * F.gelu(gates)
 
 
-class GatedMLP(nn.Module):
-    """Linear to 2 * mult * dim channels, GEGLU, Linear back to dim, dropout."""
+class MLP(nn.Module):
+    """Linear to mult * dim channels (twice as many for a gate), activation, linear back to dim, dropout."""
 
     def __init__(
         self,
         dim: int,
         *,
         mult: int = 4,
+        activation: Literal["geglu", "gelu"] = "geglu",
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if activation not in ("geglu", "gelu"):
+            raise ValueError(f'activation is {activation!r}, but must be "geglu" or "gelu"')
+        gated = activation == "geglu"
+        self.activation = activation
         self.net = nn.Sequential(
-            nn.Linear(dim, 2 * mult * dim, device=device, dtype=dtype),
-            GEGLU(),
+            nn.Linear(dim, (2 if gated else 1) * mult * dim, device=device, dtype=dtype),
+            GEGLU() if gated else nn.GELU(),
             nn.Linear(mult * dim, dim, device=device, dtype=dtype),
             nn.Dropout(dropout),
         )
@@ -40,15 +48,18 @@ class GatedMLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, then a GEGLU MLP; the residual is the caller's.
+    """LayerNorm, then an MLP: by default the gated one of perceiver-pytorch.
 
-    out = W2 (a * gelu(b)) + b2  with  [a ; b] = W1 LayerNorm(x) + b1.
+    out = W2 f(W1 LayerNorm(x) + b1) + b2 + residual,  f([a ; b]) = a * gelu(b) for "geglu"
 
     Args:
         dim: channels in and out.
         mult: hidden channels per channel, after the gate.
-        dropout: probability of dropping an output element in training.
+        activation: "geglu", or "gelu" without a gate, as in the released models; both of the error function.
+        dropout: probability of dropping an output element in training, before the residual.
         eps: of the LayerNorm.
+        save_hidden: whether training keeps the product with W1 for backward; otherwise it is computed again, which
+            takes a third of a forward pass and saves (batch, N, hidden) floats per layer.
 
     Parameters are named norm, fn.net.0 and fn.net.2, as in perceiver-pytorch.
     """
@@ -58,21 +69,35 @@ class FeedForward(nn.Module):
         dim: int,
         *,
         mult: int = 4,
+        activation: Literal["geglu", "gelu"] = "geglu",
         dropout: float = 0.0,
         eps: float = 1e-5,
+        save_hidden: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fn = GatedMLP(dim, mult=mult, dropout=dropout, device=device, dtype=dtype)
+        self.save_hidden = save_hidden
+        self.fn = MLP(dim, mult=mult, activation=activation, dropout=dropout, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(dim, eps=eps, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., dim)."""
+    def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Map (..., dim) to (..., dim) and add the residual, of the result's shape."""
         first, last, dropout = self.fn.net[0], self.fn.net[2], self.fn.net[3]
-        if type(first) is not nn.Linear or type(last) is not nn.Linear:  # replaced: by an adapter, or quantised
-            return self.fn(self.norm(x))
-        out = feed_forward(
-            x, self.norm.weight, self.norm.bias, first.weight, first.bias, last.weight, last.bias, eps=self.norm.eps
+        drops = isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0
+        if not is_plain(first) or not is_plain(last) or drops:
+            out = self.fn(self.norm(x))
+            return out if residual is None else out + residual
+        return feed_forward(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
+            activation=self.fn.activation,
+            eps=self.norm.eps,
+            residual=residual,
+            save_hidden=self.save_hidden,
         )
-        return dropout(out)

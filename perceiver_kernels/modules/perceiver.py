@@ -12,11 +12,11 @@ from perceiver_kernels.modules.feed_forward import FeedForward
 
 
 class ResidualPair(nn.Sequential):
-    """Modules one after the other, each added to what it was given."""
+    """Modules one after the other, each adding what it was given."""
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
-            x = x + module(x)
+            x = module(x, residual=x)
         return x
 
 
@@ -55,8 +55,8 @@ class PerceiverBlock(nn.Module):
         self, x: Tensor, context: Tensor, *, grid: FourierGrid | None, mask: Tensor | None, inverted: bool
     ) -> Tensor:
         """Map latents (batch or 1, N, dim) and their context to latents (batch, N, dim)."""
-        x = x + self.cross_attn(x, context, grid=grid, mask=mask, inverted=inverted)
-        x = x + self.cross_ff(x)
+        x = self.cross_attn(x, context, grid=grid, mask=mask, inverted=inverted, residual=x)
+        x = self.cross_ff(x, residual=x)
         return self.self_attns(x)
 
 
