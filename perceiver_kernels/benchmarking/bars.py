@@ -8,6 +8,7 @@ from typing import Any
 
 from perceiver_kernels.benchmarking import compare, models, tables
 from perceiver_kernels.benchmarking.cases import CASES
+from perceiver_kernels.benchmarking.compare import Result
 from perceiver_kernels.benchmarking.measure import Call, Timing, interleave
 from perceiver_kernels.benchmarking.providers import PROVIDERS
 
@@ -49,15 +50,15 @@ class Recorder:
 
     def __init__(self, effort: compare.Effort, progress: compare.Progress) -> None:
         self.effort, self.progress = effort, progress
-        self.results: list[compare.Result] = []
+        self.results: list[Result] = []
 
-    def compare(self, case: str, mode: str, *providers: str) -> dict[str, compare.Result]:
+    def compare(self, case: str, mode: str, *providers: str) -> dict[str, Result]:
         who = [PROVIDERS[name] for name in providers]
         results = compare.compare(CASES[case], mode, who, self.effort, self.progress)
         self.results += results
         return {result.provider: result for result in results}
 
-    def compare_models(self, model: str, mode: str, *providers: str) -> dict[str, compare.Result]:
+    def compare_models(self, model: str, mode: str, *providers: str) -> dict[str, Result]:
         results = models.compare_models(models.MODELS[model], mode, providers, self.effort, self.progress)
         self.results += results
         return {result.provider: result for result in results}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,6 @@ from perceiver_kernels.benchmarking.providers import needs_compiler, needs_perce
 
 MODEL_MODES = ("forward", "forward-bfloat16", "train-step")
 
-# Beyond this many multiply-adds in a forward pass the float64 truth would take too long.
-TRUTH_MULTIPLY_ADDS = 4 * 10**11
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -31,6 +29,7 @@ class Model:
         input_shape: (batch, *axes, channels), of a tower (batch, N, dim).
         arguments: of the constructor: perceiver-pytorch's Perceiver and ours, or PlainTower's.
         tower: whether it is the latent tower alone.
+        truth: whether the float64 truth of a forward pass takes seconds rather than minutes.
     """
 
     name: str
@@ -38,18 +37,25 @@ class Model:
     input_shape: tuple[int, ...]
     arguments: dict[str, Any]
     tower: bool = False
+    truth: bool = True
 
     def data(self) -> Tensor:
         """The input, the same at every call."""
         return torch.rand(self.input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def _perceiver(name: str, what: str, input_shape: tuple[int, ...], **arguments: Any) -> Model:
-    axes = len(input_shape) - 2
-    return Model(name, what, input_shape, {"input_axis": axes, "input_channels": input_shape[-1], **arguments})
+def _perceiver(name: str, what: str, input_shape: tuple[int, ...], truth: bool = True, **arguments: Any) -> Model:
+    axes = {"input_axis": len(input_shape) - 2, "input_channels": input_shape[-1]}
+    return Model(name, what, input_shape, axes | arguments, truth=truth)
 
 
-_PAPER = {"num_latents": 512, "latent_dim": 1024, "latent_heads": 8, "latent_dim_head": 128, "num_freq_bands": 64}
+_PAPER: dict[str, Any] = {
+    "num_latents": 512,
+    "latent_dim": 1024,
+    "latent_heads": 8,
+    "latent_dim_head": 128,
+    "num_freq_bands": 64,
+}
 
 # Shapes: Jaegle et al. 2021, arXiv:2103.03206, and the released models; batch 1 but for the studies.
 MODELS = {
@@ -66,6 +72,7 @@ MODELS = {
             "imagenet-paper",
             "ImageNet, 8 cross-attends and 48 self layers, tied",
             (1, 224, 224, 3),
+            truth=False,
             **_PAPER,
             max_freq=224.0,
             depth=8,
@@ -127,7 +134,8 @@ class LibraryTower(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        for pair in self.layers:
+            attention, mlp = cast(nn.ModuleList, pair)
             x = attention(x, residual=x)
             x = mlp(x, residual=x)
         return x
@@ -250,7 +258,7 @@ def compare_models(
 def _truth(model: Model, mode: str) -> Tensor | None:
     """The float64 output of the plain model, or None for a training step and where it would take too long."""
     peer = MODEL_PROVIDERS["plain" if model.tower else "perceiver-pytorch"]
-    if mode == "train-step" or peer.missing() or sum(work_of(model).values()) > TRUTH_MULTIPLY_ADDS:
+    if mode == "train-step" or peer.missing() or not model.truth:
         return None
     run = ModelRun(peer, model, "forward")
     run.module.double()
@@ -272,29 +280,32 @@ PARTS = {
 }
 
 
-def work_of(model: Model) -> dict[str, int]:
-    """Multiply-adds of a forward pass, part by part, the encoder's pairs left out."""
+@contextlib.contextmanager
+def _counted(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Counts the multiply-adds of forward passes, part by part, the encoder's pairs left out."""
     work = dict.fromkeys(("projections", "latent attention", "MLPs"), 0)
 
-    def count(module: nn.Module, arguments: tuple[Tensor, ...], _: Any) -> None:
-        batch, latents, _dim = arguments[0].shape
-        weights = [p for name, p in module.named_parameters() if p.dim() == 2]
-        if isinstance(module, pk.FeedForward):
-            work["MLPs"] += batch * latents * sum(w.numel() for w in weights)
-        elif isinstance(module, pk.SelfAttention):
-            work["projections"] += batch * latents * sum(w.numel() for w in weights)
-            work["latent attention"] += 2 * batch * latents**2 * module.fn.to_q.out_features
-        elif isinstance(module, pk.CrossAttention):
-            both = (module.fn.to_q.weight, module.fn.to_out.weight)
-            work["projections"] += batch * latents * sum(w.numel() for w in both)
+    def count(part: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        batch, latents, _ = output.shape
+        products = batch * latents * sum(p.numel() for p in part.parameters() if p.dim() == 2)
+        if isinstance(part, pk.FeedForward):
+            work["MLPs"] += products
+        elif isinstance(part, pk.SelfAttention):
+            work["projections"] += products
+            work["latent attention"] += 2 * batch * latents**2 * part.fn.to_q.out_features
+        elif isinstance(part, pk.CrossAttention):
+            work["projections"] += batch * latents * 2 * part.fn.to_q.weight.numel()
 
-    with torch.device("meta"), torch.no_grad():
-        module = _ours(model)
-        for part in module.modules():
-            part.register_forward_hook(count)
-        with pk.use_backend("auto"):
-            module(torch.empty(model.input_shape))
-    return work
+    hooks = [
+        part.register_forward_hook(count)
+        for part in module.modules()
+        if isinstance(part, pk.FeedForward | pk.SelfAttention | pk.CrossAttention)
+    ]
+    try:
+        yield work
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,14 +317,15 @@ class Share:
     rate: float | None
 
 
-def profile(run: ModelRun, model: Model) -> list[Share]:
-    """Where the time of a call goes, in torch's profiler; backward counts with its forward's part."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+def profile(run: ModelRun) -> list[Share]:
+    """Where the time of a call of our model goes, in torch's profiler; backward counts with its forward's part."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _counted(run.module) as work, torch.profiler.profile(activities=activities) as recorded:
         run()
     seconds = dict.fromkeys((*PARTS, "other"), 0.0)
     for event, part in _attributed(recorded.events()):
         seconds[part] += (event.self_cpu_time_total if part == "other" else event.cpu_time_total) * 1e-6
-    work, passes = work_of(model), 1 if run.optimizer is None else 3
+    passes = 1 if run.optimizer is None else 3
     return [
         Share(part, time, passes * work[part] / time if part in work and time else None)
         for part, time in seconds.items()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +235,8 @@ class PlainTower(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        for pair in self.layers:
+            attention, mlp = cast(nn.ModuleList, pair)
             x = x + attention(x)
             x = x + mlp(x)
         return x

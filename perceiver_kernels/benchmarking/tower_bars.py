@@ -88,7 +88,7 @@ def attention_calls(head_dim: int, dtype: torch.dtype) -> dict[str, Call]:
     """Both attentions forward and backward, on the same contiguous q, k and v."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(1, 8, 512, head_dim, generator=generator).to(dtype) for _ in range(4))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = (q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_())
     theirs, ours = F.scaled_dot_product_attention(*leaves), pk.latent_attention(*leaves)
 
     def backward(out: Tensor) -> Call:

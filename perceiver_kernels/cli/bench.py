@@ -134,9 +134,7 @@ def measure_model(
     if any(result.provider == "ours" and result.timing for result in results):
         run = ModelRun(MODEL_PROVIDERS["ours"], model, mode)
         run()
-        print(
-            "\n" + profile_table(profile(run, model), rates["multiply-adds of a matrix product per second"]), flush=True
-        )
+        print("\n" + profile_table(profile(run), rates["multiply-adds of a matrix product per second"]), flush=True)
     return results
 
 

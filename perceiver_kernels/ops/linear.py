@@ -78,7 +78,8 @@ def linear(
     if runs_composed(rows, weight):
         return reference.composed(x, weight, bias, residual, kind)
     compute_dtype = matrix_product.compute_dtype(rows, weight, dtype) if x.device.type == "cpu" else dtype
-    if kind == "none" and compute_dtype == x.dtype == weight.dtype and residual is None and _plain(rows, weight):
+    plain = kind == "none" and residual is None and compute_dtype == dtype == x.dtype == weight.dtype
+    if plain and _plain(rows, weight):
         return torch.nn.functional.linear(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     save_product = kind != "none" and needs_grad and torch.is_grad_enabled()
