@@ -131,8 +131,8 @@ class Perceiver(nn.Module):
         inverted_cross_attn: normalise cross-attention over the latents (slot attention); one bool, or one per layer.
         attn_residual: after each layer, mix the outputs of all layers so far.
         attn_residual_rank: rank of the mixing weights.
-        activation_checkpointing: in training, keep only what goes into each cross-attention, self-attention and MLP, and
-            compute the rest again in backward: less memory for about a third more time. Not in perceiver-pytorch.
+        activation_checkpointing: in training, keep only what goes into each attention and each MLP, and compute the
+            rest again in backward: less memory for about a third more time. Not in perceiver-pytorch.
 
     Source: Jaegle et al. 2021, arXiv:2103.03206.
     """
