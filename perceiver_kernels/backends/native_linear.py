@@ -11,7 +11,7 @@ from perceiver_kernels.backends import native
 from perceiver_kernels.backends.matrix_product import product as multiply
 from perceiver_kernels.backends.scratch import scratch
 
-_TILE_BYTES = 1 << 23
+_TILE_BYTES = 1 << 24
 _FEWEST_ROWS = 256
 
 
