@@ -308,6 +308,14 @@ def _counted(module: nn.Module) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
+def multiply_adds(model: Model) -> int:
+    """Of a forward pass: its projections, latent attention and MLPs, the encoder's pairs left out."""
+    run = ModelRun(MODEL_PROVIDERS["ours"], model, "forward")
+    with _counted(run.module) as work:
+        run()
+    return sum(work.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """A part of a model: seconds of a call, and multiply-adds per second where the part is made of products."""
