@@ -535,7 +535,7 @@ class BackwardHead {
   const Sizes sizes_;
   int64_t batch_ = 0, head_ = 0;
   const int64_t step_, step_v_, padded_queries_;
-  // The three operands with channels as depth, and with channels as columns.
+  // The operands with channels as depth (k, v, q, d_out), and those with channels as columns (k, q, d_out).
   AlignedBuffer<T> key_columns_, value_columns_, key_rows_, queries_, d_outs_, query_rows_, d_out_rows_;
   AlignedBuffer<T> reference_, delta_;
   AlignedBuffer<T> d_queries_;

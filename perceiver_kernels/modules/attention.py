@@ -15,7 +15,7 @@ from perceiver_kernels.modules.folding import (
     choose_path,
     separable_cross_attention,
 )
-from perceiver_kernels.modules.projection import project
+from perceiver_kernels.modules.projection import is_plain, is_stock, project
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 # perceiver-pytorch's: a latent without any weight gets zeros from inverted attention, not NaN.
@@ -50,7 +50,7 @@ class CrossAttention(nn.Module):
 
     With a grid, context holds only the raw data channels; each token's Fourier features count as further channels after
     them, and the separable path never builds them, nor keys, nor values. Which path runs is chosen by shape;
-    `explain` names it.
+    `explain` names it. Where to_kv or norm_context has been replaced or hooked into, it is called as it is.
 
     Args:
         query_dim: channels of the latents and of the output.
@@ -139,6 +139,8 @@ class CrossAttention(nn.Module):
         if path == "separable":
             assert grid is not None
             attended = separable_cross_attention(query, context, grid, mask, **self._key_value_arguments())
+        elif not self._folds():
+            attended = self._attend_by_modules(query, self._tokens(context, grid), mask, inverted)
         else:
             attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
         return project(self.fn.to_out, attended, residual)
@@ -177,7 +179,22 @@ class CrossAttention(nn.Module):
             mask = flatten_key_mask(mask, context.shape[0], shape, context.device)
         return context, mask
 
+    def _folds(self) -> bool:
+        """Whether to_kv and norm_context are as they came, so that their parameters stand for them."""
+        norm = self.norm_context
+        return is_plain(self.fn.to_kv) and (norm is None or is_stock(norm, nn.LayerNorm))
+
+    def _attend_by_modules(self, query: Tensor, tokens: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
+        tokens = tokens if self.norm_context is None else self.norm_context(tokens)
+        keys, values = (_split_heads(part, self.heads) for part in self.fn.to_kv(tokens).chunk(2, dim=-1))
+        attend = _attend_inverted if inverted else _attend
+        dropout_p = self.dropout if self.training else 0.0
+        return attend(query, keys, values, mask, self.heads, self.head_dim**-0.5, dropout_p)
+
     def _choose_path(self, latents: Tensor, context: Tensor, grid: FourierGrid | None) -> PathChoice:
+        if not self._folds():
+            reason: int | str = "no, to_kv or norm_context has been replaced or hooked into"
+            return PathChoice("modules", dict.fromkeys(("separable", "absorbed", "projected"), reason))
         batch, num_tokens, channels = context.shape
         return choose_path(
             queries=latents.shape[1],
@@ -192,7 +209,7 @@ class CrossAttention(nn.Module):
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
         """The dense tokens (batch, M, context_dim), with a grid's features written out."""
-        dtype = self.fn.to_kv.weight.dtype
+        dtype = next(self.parameters()).dtype
         context = context.to(dtype)
         if grid is None:
             return context
@@ -287,8 +304,13 @@ def projected_cross_attention(
     Returns:
         (batch, N, heads * head_dim).
     """
-    keys, values = _keys_and_values(context, heads, **norm_and_projection)
-    query = _split_heads(query, heads).expand(context.shape[0], -1, -1, -1)
+    return _attend(query, *_keys_and_values(context, heads, **norm_and_projection), mask, heads, scale, dropout_p)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int, scale: float, dropout_p: float
+) -> Tensor:
+    query = _split_heads(query, heads).expand(keys.shape[0], -1, -1, -1)
     if mask is None:
         return _merge_heads(F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p, scale=scale))
     all_masked = ~mask.any(dim=-1, keepdim=True)
@@ -313,7 +335,13 @@ def inverted_cross_attention(
     Arguments and result as in `projected_cross_attention`. A latent without any weight gets zeros.
     Source: Locatello et al. 2020, arXiv:2006.15055.
     """
-    keys, values = _keys_and_values(context, heads, **norm_and_projection)
+    keys_and_values = _keys_and_values(context, heads, **norm_and_projection)
+    return _attend_inverted(query, *keys_and_values, mask, heads, scale, dropout_p)
+
+
+def _attend_inverted(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int, scale: float, dropout_p: float
+) -> Tensor:
     weights = (_split_heads(query, heads) * scale @ keys.transpose(-2, -1)).softmax(dim=-2)
     if mask is not None:
         weights = weights.masked_fill(~mask[:, None, None, :], 0.0)

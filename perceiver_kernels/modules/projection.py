@@ -7,15 +7,20 @@ from torch import Tensor, nn
 from perceiver_kernels.ops.linear import linear
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is an nn.Linear as it came, not replaced (by an adapter, or quantised) and without hooks."""
+def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, not replaced (by an adapter, or quantised), and without hooks."""
     hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
-    return type(layer) is nn.Linear and not any(hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is an nn.Linear as it came."""
+    return is_stock(layer, nn.Linear)
 
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
