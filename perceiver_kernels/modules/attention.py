@@ -15,7 +15,7 @@ from perceiver_kernels.modules.folding import (
     choose_path,
     separable_cross_attention,
 )
-from perceiver_kernels.modules.projection import project
+from perceiver_kernels.modules.projection import is_plain, project
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 # perceiver-pytorch's: a latent without any weight gets zeros from inverted attention, not NaN.
@@ -140,7 +140,8 @@ class CrossAttention(nn.Module):
             assert grid is not None
             attended = separable_cross_attention(query, context, grid, mask, **self._key_value_arguments())
         else:
-            attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
+            tokens = self._tokens(context, grid, latents.dtype)
+            attended = _DENSE_PATHS[path](query, tokens, mask, **self._key_value_arguments())
         return project(self.fn.to_out, attended, residual)
 
     def explain(
@@ -179,7 +180,7 @@ class CrossAttention(nn.Module):
 
     def _choose_path(self, latents: Tensor, context: Tensor, grid: FourierGrid | None) -> PathChoice:
         batch, num_tokens, channels = context.shape
-        return choose_path(
+        choice = choose_path(
             queries=latents.shape[1],
             batch=batch,
             heads=self.heads,
@@ -189,10 +190,18 @@ class CrossAttention(nn.Module):
             context_channels=self.context_dim,
             num_tokens=num_tokens,
         )
+        if is_plain(self.fn.to_kv):
+            return choice
+        reason = "no, fn.to_kv is replaced or has hooks, and must run as it is"
+        costs: dict[str, int | str] = {
+            path: cost if path == "projected" else reason for path, cost in choice.costs.items()
+        }
+        return PathChoice("projected", costs)
 
-    def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
-        """The dense tokens (batch, M, context_dim), with a grid's features written out."""
-        dtype = self.fn.to_kv.weight.dtype
+    def _tokens(self, context: Tensor, grid: FourierGrid | None, dtype: torch.dtype) -> Tensor:
+        """The dense tokens (batch, M, context_dim), a grid's features written out; in dtype if to_kv names none."""
+        to_kv: nn.Module = self.fn.to_kv
+        dtype = to_kv.weight.dtype if is_plain(to_kv) else dtype
         context = context.to(dtype)
         if grid is None:
             return context
@@ -202,14 +211,15 @@ class CrossAttention(nn.Module):
     def _key_value_arguments(self) -> dict[str, Any]:
         """What every path takes besides the query, the context and the mask."""
         norm = self.norm_context
+        to_kv: nn.Module = self.fn.to_kv
+        projection = {"kv_weight": to_kv.weight, "kv_bias": to_kv.bias} if is_plain(to_kv) else {"to_kv": to_kv}
         return {
+            **projection,
             "heads": self.heads,
             "scale": self.head_dim**-0.5,
             "norm_weight": None if norm is None else norm.weight,
             "norm_bias": None if norm is None else norm.bias,
             "eps": None if norm is None else norm.eps,
-            "kv_weight": self.fn.to_kv.weight,
-            "kv_bias": self.fn.to_kv.bias,
             "dropout_p": self.dropout if self.training else 0.0,
         }
 
@@ -282,7 +292,7 @@ def projected_cross_attention(
         context: (batch, M, channels), not yet normalised.
         mask: bool (batch, M), True = attend.
         heads, scale, dropout_p: as in torch's scaled_dot_product_attention.
-        norm_and_projection: norm_weight, norm_bias, eps, kv_weight and kv_bias, as `_keys_and_values` takes them.
+        norm_and_projection: what `_keys_and_values` takes besides.
 
     Returns:
         (batch, N, heads * head_dim).
@@ -388,13 +398,22 @@ def _keys_and_values(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float | None,
-    kv_weight: Tensor,
-    kv_bias: Tensor | None,
+    kv_weight: Tensor | None = None,
+    kv_bias: Tensor | None = None,
+    to_kv: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm."""
+    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm.
+
+    to_kv runs in place of the linear layer of kv_weight and kv_bias, where it is not just that.
+    """
     if eps is not None:
         context = F.layer_norm(context, context.shape[-1:], norm_weight, norm_bias, eps)
-    keys, values = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
+    if to_kv is not None:
+        projected = to_kv(context)
+    else:
+        assert kv_weight is not None
+        projected = F.linear(context, kv_weight, kv_bias)
+    keys, values = projected.chunk(2, dim=-1)
     return _split_heads(keys, heads), _split_heads(values, heads)
 
 

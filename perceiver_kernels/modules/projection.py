@@ -3,19 +3,24 @@
 from typing import TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from perceiver_kernels.ops.linear import linear
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is an nn.Linear as it came, not replaced (by an adapter, or quantised) and without hooks."""
+    """Whether a layer is an nn.Linear as it came, not replaced (by an adapter, or quantised) and without hooks.
+
+    Parametrised weights are no obstacle: what they come to is read like any other.
+    """
     hooks = (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         layer._backward_hooks,
         layer._backward_pre_hooks,
     )
-    return type(layer) is nn.Linear and not any(hooks)
+    is_linear = type(layer) is nn.Linear or type_before_parametrizations(layer) is nn.Linear
+    return is_linear and not any(hooks) and "forward" not in layer.__dict__
 
 
 def project(layer: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
