@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from numerics import assert_no_worse
 from parity import assert_parity, randomise
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product
+from perceiver_kernels.benchmarking.models import LibraryTower
 
 # batch, latents, channels: the large one is multiplied by the fused operators, the small one by torch's own.
 SIZES = {"large": (2, 150, 136), "small": (2, 5, 24)}
@@ -282,6 +285,23 @@ def test_hooks_fire(kind: str, layer: str) -> None:
     assert fired == ["before", "after", "backward"]
 
 
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize(("kind", "layer"), [(kind, layer) for kind, layers in LAYERS.items() for layer in layers])
+def test_a_parametrised_layer(kind: str, layer: str, parametrize: Callable[..., nn.Module]) -> None:
+    """Its weight is what the parametrisation says, and gradients reach what that is made of."""
+    module, call = make_any(kind, "large")
+    expected = copy.deepcopy(module).eval()
+    target = parametrize(module.get_submodule(layer))
+    module.eval()  # spectral_norm changes its estimate in training
+    originals = [parameter for name, parameter in target.named_parameters() if name.startswith("parametrizations")]
+    with torch.no_grad():
+        expected.get_submodule(layer).weight.copy_(target.weight)
+    out = call(module)
+    torch.testing.assert_close(out, call(expected), rtol=1e-4, atol=1e-4)
+    gradients = torch.autograd.grad(out.square().sum(), originals)
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+
+
 def test_explain_says_why_keys_and_values_are_built() -> None:
     module, _ = make_any("cross_attention", "small")
     module.fn.to_kv.register_forward_hook(lambda *_: None)
@@ -331,3 +351,146 @@ def test_checkpointing_changes_nothing(size: str, tied: bool, dropout: float, re
 def test_checkpointing_only_in_training() -> None:
     model = make_model(activation_checkpointing=True).eval()
     assert saved_bytes(model, make_data()) == saved_bytes(make_model().eval(), make_data())
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("name", ["perceiver", "perceiver_tied", "tower"])
+def test_compiles_whole(name: str) -> None:
+    """One graph, forward and backward, by the default compiler, with the results of eager mode."""
+    from perceiver_kernels.benchmarking.providers import needs_compiler
+
+    if needs_compiler():
+        pytest.skip(needs_compiler())
+    model, data = (
+        (LibraryTower(dim=24, layers=2, heads=2, mult=2), torch.randn(2, 6, 24))
+        if name == "tower"
+        else (make_model(depth=2 + (name != "perceiver"), weight_tie_layers=name != "perceiver"), make_data())
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    for actual, expected in zip(step(compiled, data), step(model, data), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-6)
+
+
+# Threads
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 2), (2, 2)], ids=str)
+def test_two_models_on_two_python_threads(counts: tuple[int, int], threads: None, no_small_calls: None) -> None:
+    """A forward pass under autocast and a training step at once are, bit for bit, the ones done in turn."""
+    training, inference = make_model(), make_model(depth=2, latent_dim=48).eval()
+
+    def infer() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return [inference(make_data())]
+
+    def train() -> list[Tensor]:
+        out = training(make_data())
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(training.parameters()))]
+
+    work = (infer, train)
+    expected: list[list[Tensor]] = []
+    for count, call in zip(counts, work, strict=True):
+        torch.set_num_threads(count)
+        call(), call()  # forms of weights are made when they are met again
+        expected.append(call())
+    found: list[list[list[Tensor]]] = [[], []]
+    failures: list[Exception] = []
+    start = threading.Barrier(2)
+
+    def repeat(which: int) -> None:
+        torch.set_num_threads(counts[which])
+        start.wait()
+        try:
+            for _ in range(5):
+                found[which].append(work[which]())
+        except Exception as failure:
+            failures.append(failure)
+
+    workers = [threading.Thread(target=repeat, args=(which,)) for which in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+    for every, once in zip(found, expected, strict=True):
+        assert len(every) == 5
+        assert all(torch.equal(a, b) for result in every for a, b in zip(result, once, strict=True))
+
+
+# Weights that are shared, and change
+
+
+def prepared_weights() -> dict[int, int]:
+    """Number of forms by address, of every weight that has any."""
+    known = matrix_product.prepared._known
+    return {weight.data_ptr(): len(entry.forms) for weight, entry in known.items() if entry.forms}
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "onednn"])
+def test_tied_weights_are_prepared_once(how: str, monkeypatch: pytest.MonkeyPatch, no_small_calls: None) -> None:
+    """One form of each distinct weight, and after a step of the optimizer the results are those of the new weights."""
+    if how == "onednn":
+        if matrix_product.PROVIDERS["onednn"].missing():
+            pytest.skip("no oneDNN in this torch")
+        monkeypatch.setenv(matrix_product.ENVIRONMENT, "onednn")
+    else:
+        monkeypatch.setenv(matrix_product.ENVIRONMENT, "widened")
+    tied = make_model(depth=5, weight_tie_layers=True)
+
+    def infer(model: nn.Module) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
+            return model(make_data())
+
+    for _ in range(3):
+        infer(tied)
+    forms = prepared_weights()
+    assert set(forms) <= {parameter.data_ptr() for parameter in tied.parameters()}
+    assert forms and set(forms.values()) == {1}
+    shared = tied.layers[1].self_attns[0]
+    assert shared[0].fn.to_out.weight.data_ptr() in forms and shared[1].fn.net[0].weight.data_ptr() in forms
+
+    optimizer = torch.optim.SGD(tied.parameters(), lr=0.1)
+    F.cross_entropy(tied(make_data()), torch.tensor([1, 2])).backward()
+    before = infer(tied)
+    optimizer.step()
+    fresh = make_model(depth=5, weight_tie_layers=True)
+    fresh.load_state_dict(tied.state_dict())
+    for _ in range(3):
+        after = infer(tied)
+        torch.testing.assert_close(after, infer(fresh), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(after, before, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", ["as_torch", "fused"])
+def test_trains_like_perceiver_pytorch(size: str, request: pytest.FixtureRequest) -> None:
+    """The same losses over 20 steps of AdamW."""
+    peer = pytest.importorskip("perceiver_pytorch")
+    if size == "fused":
+        request.getfixturevalue("no_small_calls")
+    options = {**MODEL, "weight_tie_layers": True}
+    torch.manual_seed(0)
+    ours, theirs = pk.Perceiver(**options), peer.Perceiver(**options)
+    theirs.load_state_dict(ours.state_dict())
+    data, labels = make_data(8), torch.arange(8) % 7
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data), labels)
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < 0.8 * losses[0][0]
