@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from perceiver_kernels.ops import fourier_encode, latent_attention, separable_attention
+from perceiver_kernels.ops import feed_forward, fourier_encode, latent_attention, linear, separable_attention
 
 _EXPLANATIONS: dict[str, Callable[..., str]] = {
-    op.OP: op.explain for op in (fourier_encode, latent_attention, separable_attention)
+    op.OP: op.explain for op in (feed_forward, fourier_encode, latent_attention, linear, separable_attention)
 }
 
 

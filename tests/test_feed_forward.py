@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product, native_linear
-from perceiver_kernels.ops.feed_forward import OP, explain, feed_forward
+from perceiver_kernels.ops.feed_forward import OP, feed_forward
 from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES
 
 BACKENDS = available_backends(OP)
@@ -275,7 +275,9 @@ def test_every_instruction_set(level: str) -> None:
 
 
 def test_explain_names_the_backend() -> None:
-    assert f"{BACKENDS[0]}: runs this call" in explain(torch.zeros(3, 2), None, None, torch.zeros(4, 2))
+    assert f"{BACKENDS[0]}: runs this call" in pk.explain(
+        feed_forward, torch.zeros(3, 2), None, None, torch.zeros(4, 2)
+    )
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {

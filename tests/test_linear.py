@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product, native
 from perceiver_kernels.backends.native_linear import tiles
-from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, OP, explain, linear
+from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, OP, linear
 
 BACKENDS = available_backends(OP)
 KINDS = (None, *ACTIVATIONS)
@@ -491,7 +491,7 @@ def test_every_instruction_set(level: str) -> None:
 
 
 def test_explain_names_the_backend() -> None:
-    assert f"{BACKENDS[0]}: runs this call" in explain(torch.zeros(3, 2), torch.zeros(4, 2))
+    assert f"{BACKENDS[0]}: runs this call" in pk.explain(linear, torch.zeros(3, 2), torch.zeros(4, 2))
 
 
 GOOD: dict[str, Any] = {

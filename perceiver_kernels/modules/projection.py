@@ -3,6 +3,7 @@
 from typing import TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from perceiver_kernels.ops.linear import linear
 
