@@ -306,7 +306,7 @@ def test_explain_says_why_keys_and_values_are_built() -> None:
     module, _ = make_any("cross_attention", "small")
     module.fn.to_kv.register_forward_hook(lambda *_: None)
     text = module.explain(torch.randn(2, 5, 24), make_data(), grid=GRID)
-    assert text.startswith("path: projected\n") and "separable: no, fn.to_kv is replaced or has hooks" in text
+    assert text.startswith("path: modules\n") and "separable: no, to_kv or norm_context has been replaced" in text
 
 
 # Activation checkpointing

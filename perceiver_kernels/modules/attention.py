@@ -142,8 +142,7 @@ class CrossAttention(nn.Module):
         elif not self._folds():
             attended = self._attend_by_modules(query, self._tokens(context, grid), mask, inverted)
         else:
-            tokens = self._tokens(context, grid, latents.dtype)
-            attended = _DENSE_PATHS[path](query, tokens, mask, **self._key_value_arguments())
+            attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
         return project(self.fn.to_out, attended, residual)
 
     def explain(
@@ -197,7 +196,7 @@ class CrossAttention(nn.Module):
             reason: int | str = "no, to_kv or norm_context has been replaced or hooked into"
             return PathChoice("modules", dict.fromkeys(("separable", "absorbed", "projected"), reason))
         batch, num_tokens, channels = context.shape
-        choice = choose_path(
+        return choose_path(
             queries=latents.shape[1],
             batch=batch,
             heads=self.heads,
@@ -207,13 +206,6 @@ class CrossAttention(nn.Module):
             context_channels=self.context_dim,
             num_tokens=num_tokens,
         )
-        if is_plain(self.fn.to_kv):
-            return choice
-        reason = "no, fn.to_kv is replaced or has hooks, and must run as it is"
-        costs: dict[str, int | str] = {
-            path: cost if path == "projected" else reason for path, cost in choice.costs.items()
-        }
-        return PathChoice("projected", costs)
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
         """The dense tokens (batch, M, context_dim), with a grid's features written out."""
@@ -227,15 +219,14 @@ class CrossAttention(nn.Module):
     def _key_value_arguments(self) -> dict[str, Any]:
         """What every path takes besides the query, the context and the mask."""
         norm = self.norm_context
-        to_kv: nn.Module = self.fn.to_kv
-        projection = {"kv_weight": to_kv.weight, "kv_bias": to_kv.bias} if is_plain(to_kv) else {"to_kv": to_kv}
         return {
-            **projection,
             "heads": self.heads,
             "scale": self.head_dim**-0.5,
             "norm_weight": None if norm is None else norm.weight,
             "norm_bias": None if norm is None else norm.bias,
             "eps": None if norm is None else norm.eps,
+            "kv_weight": self.fn.to_kv.weight,
+            "kv_bias": self.fn.to_kv.bias,
             "dropout_p": self.dropout if self.training else 0.0,
         }
 
@@ -308,7 +299,7 @@ def projected_cross_attention(
         context: (batch, M, channels), not yet normalised.
         mask: bool (batch, M), True = attend.
         heads, scale, dropout_p: as in torch's scaled_dot_product_attention.
-        norm_and_projection: what `_keys_and_values` takes besides.
+        norm_and_projection: norm_weight, norm_bias, eps, kv_weight and kv_bias, as `_keys_and_values` takes them.
 
     Returns:
         (batch, N, heads * head_dim).
@@ -425,22 +416,13 @@ def _keys_and_values(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float | None,
-    kv_weight: Tensor | None = None,
-    kv_bias: Tensor | None = None,
-    to_kv: nn.Module | None = None,
+    kv_weight: Tensor,
+    kv_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm.
-
-    to_kv runs in place of the linear layer of kv_weight and kv_bias, where it is not just that.
-    """
+    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm."""
     if eps is not None:
         context = F.layer_norm(context, context.shape[-1:], norm_weight, norm_bias, eps)
-    if to_kv is not None:
-        projected = to_kv(context)
-    else:
-        assert kv_weight is not None
-        projected = F.linear(context, kv_weight, kv_bias)
-    keys, values = projected.chunk(2, dim=-1)
+    keys, values = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
     return _split_heads(keys, heads), _split_heads(values, heads)
 
 

@@ -3,7 +3,6 @@
 from typing import TypeGuard
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from perceiver_kernels.ops.linear import linear
 
@@ -16,7 +15,7 @@ def is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
