@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_kernels as pk
-from perceiver_kernels.benchmarking import machine, tables
+from perceiver_kernels.benchmarking import tables
 from perceiver_kernels.benchmarking.bars import Bar, Recorder, percent
 from perceiver_kernels.benchmarking.compare import Result
 from perceiver_kernels.benchmarking.measure import Call
@@ -27,7 +27,6 @@ def official_tower(recorder: Recorder) -> Iterator[Bar]:
         for peer, limit in zip(("plain", "plain-compiled"), limits, strict=True):
             yield _speedup(f"official tower, {mode}", results, peer, limit)
         yield _error(f"official tower, {mode}", results, "plain")
-        yield _share("official-tower", mode, results)
 
 
 def paper_model(recorder: Recorder) -> Iterator[Bar]:
@@ -37,7 +36,6 @@ def paper_model(recorder: Recorder) -> Iterator[Bar]:
     )
     yield _speedup("paper's model, forward", results, "perceiver-pytorch", 3.8)
     yield _speedup("paper's model, forward", results, "perceiver-pytorch-compiled", 3.0)
-    yield _share("imagenet-paper", "forward", results)
     results = recorder.compare_models("imagenet-paper", "train-step", "perceiver-pytorch", "ours")
     yield _speedup("paper's model, training step", results, "perceiver-pytorch", 3.0)
     peer, ours = results["perceiver-pytorch"].memory, results["ours"].memory
@@ -52,7 +50,6 @@ def study_model(recorder: Recorder) -> Iterator[Bar]:
     results = recorder.compare_models("cifar10-study", "train-step", *peers, "ours")
     for peer, limit in zip(peers, (4.0, 3.5), strict=True):
         yield _speedup("CIFAR-10 study, training step", results, peer, limit)
-    yield _share("cifar10-study", "train-step", results)
     results = recorder.compare_models("cifar10-study", "forward", *peers, "ours")
     yield _error("CIFAR-10 study, forward", results, "perceiver-pytorch")
 
@@ -62,7 +59,10 @@ def _speedup(what: str, results: dict[str, Result], peer: str, limit: float) -> 
     what = f"{what}: {peer} / ours"
     if theirs.timing is None or ours.timing is None:
         return Bar(what, None, limit, at_least=True, note=theirs.refused or ours.refused or "")
-    note = f"{tables.seconds(theirs.timing.median)}, {tables.seconds(ours.timing.median)}"
+    passes = 3 if ours.mode == "train-step" else 1  # backward has two products for each
+    achieved = 2 * passes * multiply_adds(MODELS[ours.case]) / ours.timing.median
+    times = ", ".join(tables.seconds(timing.median) for timing in (theirs.timing, ours.timing))
+    note = f"{times}; ours at {tables.rate(achieved)}FLOP/s"
     return Bar(what, theirs.timing.ratio(ours.timing), limit, at_least=True, note=note)
 
 
@@ -70,18 +70,6 @@ def _error(what: str, results: dict[str, Result], peer: str) -> Bar:
     theirs, ours = results[peer].worst_error, results["ours"].worst_error
     value = ours.rms / theirs.rms if ours and theirs else None
     return Bar(f"{what}: our error / {peer}'s", value, 2.0, at_least=False, note="" if value else "no truth")
-
-
-def _share(name: str, mode: str, results: dict[str, Result]) -> Bar:
-    """A whole model's multiply-adds per second, against a large matrix product of torch's at the same time."""
-    timing, best = results["ours"].timing, machine.gemm_flops()
-    what = f"{MODELS[name].what}, {mode}: of the best product"
-    if timing is None:
-        return Bar(what, None, 0.9, at_least=True, show=percent)
-    passes = 3 if mode == "train-step" else 1  # backward has two products for each
-    achieved = 2 * passes * multiply_adds(MODELS[name]) / timing.median
-    note = f"{tables.rate(achieved)}FLOP/s of {tables.rate(best)}FLOP/s"
-    return Bar(what, achieved / best, 0.9, at_least=True, show=percent, note=note)
 
 
 def attention(recorder: Recorder) -> Iterator[Bar]:
