@@ -57,8 +57,9 @@ def test_same_weights_give_the_same_result(model: Model, peer: str, mode: str) -
     if mode != "train-step":
         assert results["ours"].worst_error and results["ours"].worst_error.rms < tolerance
     else:
-        moved = [(p - q).abs().max() for p, q in zip(*(run.module.parameters() for run in runs), strict=True)]
-        assert max(moved) < 1e-3
+        first, second = (dict(run.module.named_parameters()) for run in runs)
+        assert first.keys() == second.keys()
+        assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-3
 
 
 def test_a_provider_of_the_other_kind_is_left_out() -> None:
@@ -72,7 +73,7 @@ def test_profile_covers_the_whole_call(mode: str) -> None:
     run = ModelRun(MODEL_PROVIDERS["ours"], PERCEIVER, mode)
     run()
     shares = {share.part: share for share in models.profile(run)}
-    assert {"MLPs", "latent attention", "cross-attention", "other"} <= set(shares) or mode == "forward"
+    assert {"latent attention", "cross-attention", "other"} <= set(shares)  # an MLP this small is torch's operators
     assert all(share.seconds > 0 for share in shares.values())
     text = models.profile_table(list(shares.values()), 1e9)
     assert text.count("\n") == 1 + len(shares)
