@@ -440,8 +440,8 @@ def prepared_weights() -> dict[int, int]:
 @pytest.mark.parametrize("provider", ["onednn", "mkl"])
 def test_tied_weights_are_prepared_once(provider: str, monkeypatch: pytest.MonkeyPatch, no_small_calls: None) -> None:
     """One form of each distinct weight, and after a step of the optimizer the results are those of the new weights."""
-    if matrix_product.PROVIDERS[provider].missing():
-        pytest.skip(f"no {provider} in this torch")
+    if reason := matrix_product.PROVIDERS[provider].reason(torch.float32):
+        pytest.skip(reason)
     monkeypatch.setenv(matrix_product.ENVIRONMENT, provider)
     tied = make_model(depth=5, weight_tie_layers=True)
 

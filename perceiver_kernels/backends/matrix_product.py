@@ -37,31 +37,38 @@ class Provider:
         dtypes: of x that it takes.
         pack: the weight, for this many rows of x, in its own form; None where it needs none.
         multiply: x, the weight and its packed form to x @ weight^T.
-        missing: why this torch has no such product, or None.
+        missing: why this torch or this processor has no such product of a dtype, or None.
     """
 
     dtypes: tuple[torch.dtype, ...]
     pack: Callable[[Tensor, int], Any] | None
     multiply: Callable[[Tensor, Tensor, Any], Tensor]
-    missing: Callable[[], str | None] = lambda: None
+    missing: Callable[[torch.dtype], str | None] = lambda dtype: None
 
     def reason(self, dtype: torch.dtype) -> str | None:
         """Why it cannot multiply this dtype here, or None where it can."""
         if dtype not in self.dtypes:
             return f"multiplies {' and '.join(map(_name, self.dtypes))}, not {_name(dtype)}"
-        return self.missing()
+        return self.missing(dtype)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _onednn_missing() -> str | None:
-    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return None if found else "this torch was built without oneDNN"
+def _onednn_missing(dtype: torch.dtype) -> str | None:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this torch was built without oneDNN"
+    narrow = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype in narrow and not narrow[dtype]():
+        return f"oneDNN has no {_name(dtype)} products on this processor"
+    return None
 
 
-def _mkl_missing() -> str | None:
+def _mkl_missing(dtype: torch.dtype) -> str | None:
     found = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
     return None if found else "this torch was built without MKL"
 

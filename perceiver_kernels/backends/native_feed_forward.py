@@ -8,19 +8,8 @@ from torch import Tensor
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.matrix_product import product as multiply
 from perceiver_kernels.backends.native_linear import Gradient, channels_contiguous, epilogue_bias, tiles
+from perceiver_kernels.backends.reference.feed_forward import normalised, wide
 from perceiver_kernels.backends.scratch import scratch
-
-
-def _normalised(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of some rows in dtype, their means and reciprocal standard deviations."""
-    norm_weight, norm_bias = (None if p is None else p.to(dtype) for p in (norm_weight, norm_bias))
-    return torch.native_layer_norm(x.to(dtype), x.shape[1:], norm_weight, norm_bias, eps)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def feed_forward_fwd(
@@ -46,7 +35,7 @@ def feed_forward_fwd(
     residual = None if residual is None else channels_contiguous(residual)
     for first, last in tiles(rows, hidden, compute_dtype):
         target = saved[first:last] if save_hidden else scratch("product", last - first, hidden, compute_dtype)
-        normed = _normalised(x[first:last], norm_weight, norm_bias, eps, _wide(compute_dtype))[0].to(compute_dtype)
+        normed = normalised(x[first:last], norm_weight, norm_bias, eps, wide(compute_dtype))[0].to(compute_dtype)
         product = multiply(normed, weight_in, target)
         if save_hidden and product is not target:
             product = target.copy_(product)
@@ -82,7 +71,7 @@ def feed_forward_bwd(
     compute_dtype = hidden.dtype
     own_in, own_out = weight_in.to(compute_dtype), weight_out.to(compute_dtype)
     added_in = epilogue_bias(bias_in, compute_dtype)
-    wide_weight, wide_bias = (None if p is None else p.to(_wide(compute_dtype)) for p in (norm_weight, norm_bias))
+    wide_weight, wide_bias = (None if p is None else p.to(wide(compute_dtype)) for p in (norm_weight, norm_bias))
     norm_mask = [needs_x, needs_norm_weight, needs_norm_bias]
     parts = list(tiles(x.shape[0], weight_in.shape[0], compute_dtype))
     d_x = native.empty_large(x, x.shape if needs_x and len(parts) != 1 else (0,), x.dtype)
@@ -91,8 +80,8 @@ def feed_forward_bwd(
     d_in, d_out_weight = Gradient(own_in if needs_in else None), Gradient(own_out if needs_out else None)
     d_bias_in = Gradient(added_in if needs_bias_in else None)
     for first, last in parts:
-        own_x = x[first:last].to(_wide(compute_dtype))
-        normed, mean, rstd = _normalised(own_x, wide_weight, wide_bias, eps, own_x.dtype)
+        own_x = x[first:last].to(wide(compute_dtype))
+        normed, mean, rstd = normalised(own_x, wide_weight, wide_bias, eps, own_x.dtype)
         normed = normed.to(compute_dtype)
         if hidden.dim() == 2:
             product = hidden[first:last]

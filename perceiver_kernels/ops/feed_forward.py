@@ -60,8 +60,8 @@ def feed_forward(
         activation: "gelu" (of the error function), "gelu_tanh", "geglu" or "geglu_tanh".
         eps: of the LayerNorm.
         residual: (..., out_features) in x's dtype, added last.
-        save_hidden: keep the first product for backward; otherwise backward computes it again, a fifth more work for
-            rows * hidden elements less memory.
+        save_hidden: keep the first product for backward; otherwise backward computes it again: two ninths more
+            multiply-adds for geglu, a sixth for gelu, and rows * hidden elements less memory.
 
     Returns:
         (..., out_features) in x's dtype; under autocast as `linear`.
