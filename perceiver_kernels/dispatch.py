@@ -50,6 +50,8 @@ class Declaration:
     dropout: bool = True
     deterministic: bool = True
     unavailable: Callable[[], str | None] = field(default=lambda: None)
+    # Further devices, for calls of those who ask for this backend by name.
+    devices_if_forced: Callable[[], tuple[str, ...]] = field(default=lambda: ())
 
     def not_supported_reasons(self, call: Call) -> list[str]:
         """Every reason why this backend cannot run the call; empty where it can."""
@@ -57,8 +59,9 @@ class Declaration:
         missing = self.unavailable()
         if missing:
             reasons.append(missing)
-        if "any" not in self.devices and call.device not in self.devices:
-            reasons.append(f"device is {call.device}, must be {_one_of(self.devices)}")
+        reason = self._device_reason(call.device)
+        if reason:
+            reasons.append(reason)
         if call.compute_dtype not in self.compute_dtypes:
             reasons.append(f"compute dtype is {_name(call.compute_dtype)}, must be {_one_of(self.compute_dtypes)}")
         if call.data_dtype not in self.data_dtypes:
@@ -71,6 +74,15 @@ class Declaration:
         if call.dropout and not self.dropout:
             reasons.append("dropout is on, which it does not do")
         return reasons
+
+    def _device_reason(self, device: str) -> str | None:
+        if "any" in self.devices or device in self.devices:
+            return None
+        if device not in self.devices_if_forced():
+            return f"device is {device}, must be {_one_of(self.devices)}"
+        if current_backend() == self.backend:
+            return None
+        return f"device is {device}, where it runs only if asked for by name"
 
 
 def _name(value: object) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends.triton.runtime import interpreting
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,21 @@ LATENT_SHAPES = [
 ]
 
 
-def available_backends(op: str, device: str = "cpu") -> list[str]:
+def device_of(backend: str) -> str:
+    """Where a backend's tests run: kernels for GPUs on one if there is one, else in the interpreter, on the CPU."""
+    return "cuda" if backend in ("triton", "cuda") and not interpreting() else "cpu"
+
+
+def available_backends(op: str) -> list[str]:
     """Backends that can run the op on this machine, the reference last."""
-    return [
-        entry.backend
-        for entry in dispatch.declarations(op)
-        if not entry.unavailable() and ("any" in entry.devices or device in entry.devices)
-    ]
+    return [entry.backend for entry in dispatch.declarations(op) if _can_be_tested(entry)]
+
+
+def _can_be_tested(entry: dispatch.Declaration) -> bool:
+    devices = {"any", "cpu", *(["cuda"] if torch.cuda.is_available() else [])}
+    return not entry.unavailable() and not devices.isdisjoint((*entry.devices, *entry.devices_if_forced()))
+
+
+def declared(op: str, backend: str) -> dispatch.Declaration:
+    """What a backend declares of an op: tests ask it for dtypes and limits."""
+    return next(entry for entry in dispatch.declarations(op) if entry.backend == backend)

@@ -1,0 +1,115 @@
+"""Which tile sizes a kernel takes: fixed by shape, or measured once where somebody asked for that, and remembered.
+
+Nothing is timed unless PERCEIVER_KERNELS_AUTOTUNE=1. Choices are kept in the file that PERCEIVER_KERNELS_TILES names,
+and are used from there whether or not autotuning is on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AUTOTUNE = "PERCEIVER_KERNELS_AUTOTUNE"
+FILE = "PERCEIVER_KERNELS_TILES"
+
+_lock = threading.Lock()
+_choices: dict[str, dict[str, int]] = {}
+_read: str | None = None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A launch's sizes: rows and columns of a program's tile, warps of a program, stages of its loads, and parts that
+    the long dimension is split into."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+    parts: int = 1
+
+
+def choose(
+    kernel: str,
+    problem: Sequence[Any],
+    default: Tiles,
+    candidates: Sequence[Tiles] = (),
+    run: Callable[[Tiles], Any] | None = None,
+) -> Tiles:
+    """The tiles for a kernel on a problem: what the file says, else the fastest candidate if asked for, else default.
+
+    Args:
+        kernel: its name.
+        problem: what the choice depends on, besides the chip: sizes rounded up, dtypes, options.
+        default: by shape and chip, never measured here.
+        candidates: what autotuning compares with the default.
+        run: launches the kernel with some tiles, on the call's own tensors and scratch results.
+    """
+    if not candidates or not (_on(AUTOTUNE) or os.environ.get(FILE)):
+        return default
+    key = "|".join([kernel, _chip(), *map(str, problem)])
+    with _lock:
+        known = _known().get(key)
+        if known is None and run is not None and _on(AUTOTUNE):
+            known = dataclasses.asdict(_fastest([default, *candidates], run))
+            _remember(key, known)
+    return default if known is None else Tiles(**known)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a kernel a GPU runs at once, at least; the interpreter stands for a small one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def next_power_of_2(size: int, at_least: int = 1) -> int:
+    return max(at_least, 1 << max(size - 1, 0).bit_length())
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def _chip() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+
+
+def _fastest(candidates: list[Tiles], run: Callable[[Tiles], Any]) -> Tiles:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    times = {}
+    for tiles in candidates:
+        try:
+            times[tiles] = do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=25, return_mode="median")
+        except OutOfResources:
+            continue
+    return min(times, key=lambda tiles: times[tiles]) if times else candidates[0]
+
+
+def _known() -> dict[str, dict[str, int]]:
+    """The choices so far, with those of the file once it has been read."""
+    global _read
+    name = os.environ.get(FILE)
+    if name and name != _read:
+        _read = name
+        path = Path(name)
+        if path.exists():
+            _choices.update(json.loads(path.read_text(encoding="utf-8")))
+    return _choices
+
+
+def _remember(key: str, choice: dict[str, int]) -> None:
+    _choices[key] = choice
+    name = os.environ.get(FILE)
+    if name:
+        temporary = Path(f"{name}.{os.getpid()}")
+        temporary.write_text(json.dumps(_choices, indent=1, sort_keys=True), encoding="utf-8")
+        temporary.replace(name)

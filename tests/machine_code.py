@@ -1,0 +1,186 @@
+"""Triton kernels compiled ahead of time to a GPU's machine code, no GPU needed, and what the code shows of its cost.
+
+Kernels are compiled as GPUs get them, so not where TRITON_INTERPRET is set: tests ask for figures through `figures`,
+which runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel and what it is compiled for.
+
+    Attributes:
+        kernel: "module:function", the module under perceiver_kernels.backends.triton.
+        signature: argument -> Triton's type ("*fp32", "i32", "fp32" ...), constexpr arguments left out.
+        constants: the constexpr arguments.
+        arch: 80 or 90.
+        warps, stages: as at launch.
+        aligned: arguments that are divisible by 16, as pointers of torch and common sizes are.
+    """
+
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    arch: int = 90
+    warps: int = 4
+    stages: int = 2
+    aligned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What machine code shows.
+
+    Attributes:
+        registers, shared: per thread; bytes per program.
+        spills: local loads and stores in the code.
+        loop: machine instructions in the busiest loop: the innermost one with the most exponentials, or where there are
+            none with the most instructions.
+        exponentials: MUFU.EX2 in that loop; one stands for a pair.
+        shuffles: SHFL in that loop.
+        tensor_core: HMMA, HGMMA and the like in the whole code.
+    """
+
+    registers: int
+    shared: int
+    spills: int
+    loop: int
+    exponentials: int
+    shuffles: int
+    tensor_core: int
+
+    @property
+    def per_pair(self) -> float:
+        return self.loop / self.exponentials
+
+
+def figures(build: Build) -> Figures:
+    """Compiles in a process without the interpreter; once per build."""
+    return _figures(json.dumps(asdict(build), sort_keys=True))
+
+
+@functools.cache
+def _figures(request: str) -> Figures:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, __file__], input=request, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def compiled(build: Build) -> Any:
+    """Triton's compiled kernel: asm["cubin"], asm["ttgir"], metadata."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = build.kernel.split(":")
+    kernel = getattr(importlib.import_module(f"perceiver_kernels.backends.triton.{module}"), function)
+    signature = {name: build.signature.get(name, "constexpr") for name in kernel.arg_names}
+    missing = [name for name in kernel.arg_names if name not in build.signature and name not in build.constants]
+    assert not missing, f"{build.kernel}: no type for {missing}"
+    pointers = [name for name, kind in build.signature.items() if kind.startswith("*")]
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name in dict.fromkeys((*pointers, *build.aligned))
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=build.constants, attrs=attributes)
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
+
+
+def disassembled(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([str(tool), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+
+
+LABEL = re.compile(r"^(\.L_x_\d+):")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
+
+
+def read(assembly: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(operation, operands) in order, and where each label stands."""
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        label = LABEL.match(line)
+        if label:
+            labels[label.group(1)] = len(instructions)
+        found = INSTRUCTION.match(line)
+        if found:
+            instructions.append((found.group(1), found.group(2)))
+    return instructions, labels
+
+
+def busiest_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[str]:
+    """The operations of the innermost loop with the most exponentials, else with the most instructions."""
+    loops = []
+    for at, (operation, operands) in enumerate(instructions):
+        target = re.search(r"(\.L_x_\d+)", operands)
+        if operation.startswith("BRA") and target and labels.get(target.group(1), at + 1) <= at:
+            loops.append((labels[target.group(1)], at + 1))
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [[operation for operation, _ in instructions[start:end]] for start, end in innermost]
+    return max(bodies, key=lambda body: (count(body, "MUFU.EX2"), len(body)), default=[])
+
+
+def count(operations: list[str], prefix: str) -> int:
+    return sum(operation.startswith(prefix) for operation in operations)
+
+
+def measured(build: Build) -> Figures:
+    kernel = compiled(build)
+    assembly = disassembled(kernel.asm["cubin"])
+    instructions, labels = read(assembly)
+    operations = [operation for operation, _ in instructions]
+    loop = [operation for operation in busiest_loop(instructions, labels) if operation != "NOP"]
+    kernel_name = kernel.metadata.name
+    return Figures(
+        registers=_registers(kernel.asm["cubin"], kernel_name),
+        shared=kernel.metadata.shared,
+        spills=count(operations, "LDL") + count(operations, "STL"),
+        loop=len(loop),
+        exponentials=count(loop, "MUFU.EX2"),
+        shuffles=count(loop, "SHFL"),
+        tensor_core=count(operations, "HMMA") + count(operations, "HGMMA") + count(operations, "IMMA"),
+    )
+
+
+def _registers(cubin: bytes, name: str) -> int:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+)", usage)
+    assert found, usage
+    return int(found.group(1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS.parent))
+    print(json.dumps(asdict(measured(Build(**json.loads(sys.stdin.read()))))))
