@@ -342,10 +342,28 @@ def test_checkpointing_changes_nothing(size: str, tied: bool, dropout: float, re
     if size == "fused":
         request.getfixturevalue("no_small_calls")
     options = {"weight_tie_layers": tied, "attn_dropout": dropout, "ff_dropout": dropout}
-    usual, checkpointing = make_model(**options), make_model(**options, activation_checkpointing=True)
+    usual, checkpointing = (make_model(**options, mlp_recompute=0, activation_checkpointing=on) for on in (False, True))
     expected, actual = step(usual, make_data()), step(checkpointing, make_data())
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert saved_bytes(checkpointing, make_data()) < 0.5 * saved_bytes(usual, make_data())
+
+
+@pytest.mark.parametrize(("share", "computed_again"), [(0, 0), (0.5, 1), (2 / 3, 2), (1, 3)])
+def test_mlps_computed_again_by_share(share: float, computed_again: int, request: pytest.FixtureRequest) -> None:
+    """Results stay the same to the last bit, and each such MLP saves its first product less."""
+    request.getfixturevalue("no_small_calls")
+    options = {"depth": 1, "self_per_cross_attn": 2}
+    usual, sparing = (make_model(**options, mlp_recompute=each) for each in (0, share))
+    expected, actual = step(usual, make_data()), step(sparing, make_data())
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    rows = len(make_data()) * usual.latents.shape[0]
+    product = 4 * rows * usual.layers[0].cross_ff.fn.net[0].out_features
+    assert saved_bytes(usual, make_data()) - saved_bytes(sparing, make_data()) == computed_again * product
+
+
+def test_a_share_is_from_0_to_1() -> None:
+    with pytest.raises(ValueError, match=r"mlp_recompute is 1.5, but must be from 0 to 1"):
+        make_model(mlp_recompute=1.5)
 
 
 def test_checkpointing_only_in_training() -> None:

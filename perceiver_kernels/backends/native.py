@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import mmap
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -207,6 +209,24 @@ def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     size = result.numel() * result.element_size()
     if size >= HUGE_PAGES_FROM:
         cpu_module().prefer_huge_pages(result.data_ptr(), size)
+    return result
+
+
+def empty_mapped(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for saved products and gradients: a mapping of its own, returned to the system when freed.
+
+    Backward frees saved products one by one and wants memory for gradients, which the holes that they leave in the heap
+    mostly do not fit: the heap would stay as large as it was, and the gradients come on top.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE_PAGES_FROM or not hasattr(mmap, "MAP_PRIVATE"):
+        return like.new_empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    result = torch.frombuffer(memory, dtype=dtype).view(*shape)
+    cpu_module().prefer_huge_pages(result.data_ptr(), size)
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # set by assignment
+    if fills and torch.are_deterministic_algorithms_enabled():
+        result.fill_(torch.nan)
     return result
 
 

@@ -30,7 +30,7 @@ def feed_forward_fwd(
     """out (rows, out_features) in dtype, and the first product in compute_dtype where it is to be saved, else empty."""
     rows, hidden, width = x.shape[0], weight_in.shape[0], weight_out.shape[0]
     out = native.empty_large(x, (rows, width), dtype)
-    saved = native.empty_large(x, (rows, hidden) if save_hidden else (0,), compute_dtype)
+    saved = native.empty_mapped(x, (rows, hidden) if save_hidden else (0,), compute_dtype)
     added_in, added_out = epilogue_bias(bias_in, compute_dtype), epilogue_bias(bias_out, compute_dtype)
     residual = None if residual is None else channels_contiguous(residual)
     for first, last in tiles(rows, hidden, compute_dtype):

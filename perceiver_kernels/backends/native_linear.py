@@ -48,7 +48,7 @@ def linear_fwd(
     rows, features = x.shape[0], weight.shape[0]
     gated = native.ACTIVATION_CODES[activation][1]
     out = native.empty_large(x, (rows, features // 2 if gated else features), dtype)
-    saved = native.empty_large(x, (rows, features) if save_product else (0,), compute_dtype)
+    saved = native.empty_mapped(x, (rows, features) if save_product else (0,), compute_dtype)
     bias = epilogue_bias(bias, compute_dtype)
     residual = None if residual is None else channels_contiguous(residual)
     for first, last in tiles(rows, features, compute_dtype):
@@ -117,7 +117,11 @@ class Gradient:
     def add_product(self, d_product: Tensor, x: Tensor) -> None:
         """Adds d_product^T @ x."""
         if self._like is not None:
-            self._sum = d_product.t() @ x if self._sum is None else self._sum.addmm_(d_product.t(), x)
+            if self._sum is None:
+                memory = native.empty_mapped(x, (d_product.shape[1], x.shape[1]), x.dtype)
+                self._sum = torch.mm(d_product.t(), x, out=memory)
+            else:
+                self._sum.addmm_(d_product.t(), x)
 
     def total(self, like: Tensor) -> Tensor:
         """The sum in the dtype of the parameter."""
