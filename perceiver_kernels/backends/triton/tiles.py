@@ -65,7 +65,7 @@ def choose_by_name(
     what: str, problem: Sequence[Any], default: str, runs: Mapping[str, Callable[[], Any]] | None = None
 ) -> str:
     """One of several ways to compute the same: remembered or measured as tiles are, else default."""
-    known = _chosen(what, problem, runs and functools.partial(_fastest_way, runs))
+    known = _chosen(what, problem, functools.partial(_fastest_way, runs) if runs else None)
     return default if known is None else known
 
 
@@ -105,7 +105,7 @@ def _fastest_tiles(candidates: list[Tiles], run: Callable[[Tiles], Any]) -> dict
     times = {}
     for tiles in candidates:
         try:
-            times[tiles] = _time(lambda tiles=tiles: run(tiles))
+            times[tiles] = _time(functools.partial(run, tiles))
         except OutOfResources:
             continue
     return dataclasses.asdict(min(times, key=lambda tiles: times[tiles]) if times else candidates[0])
