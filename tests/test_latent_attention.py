@@ -501,10 +501,11 @@ def test_which_calls_torch_may_run(changes: dict[str, Any], reason: str | None) 
 
 
 def test_torch_is_expected_to_be_faster_in_16_bits() -> None:
-    assert [torch_attention.default(dtype, 64) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
+    assert [torch_attention.default(dtype, 64, 64) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
         "torch", "torch", "triton"
     ]  # fmt: skip
-    assert torch_attention.default(torch.bfloat16, 257) == "triton"
+    assert torch_attention.default(torch.bfloat16, 257, 257) == "triton"
+    assert torch_attention.default(torch.bfloat16, 64, 32) == "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -45,9 +45,9 @@ def not_taken_reason(
     return None
 
 
-def default(dtype: torch.dtype, head_dim: int) -> str:
-    """TORCH or OURS, until they are measured."""
-    return TORCH if head_dim <= TAKEN.get(dtype, 0) else OURS
+def default(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> str:
+    """TORCH or OURS, until they are measured; torch's fast kernels take values as wide as keys."""
+    return TORCH if head_dim == head_dim_v <= TAKEN.get(dtype, 0) else OURS
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, ours: Callable[[], Any] | None, scale: float) -> str:
@@ -58,9 +58,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, ours: Callable[[], Any] | None, scal
     head_dims = (q.shape[3], v.shape[3])
     sizes = map(tiles.next_power_of_2, (q.shape[0] * q.shape[1], q.shape[2], k.shape[2]))
     runs = None if ours is None else {OURS: ours, TORCH: lambda: attention(q, k, v, scale)}
-    return tiles.choose_by_name(
-        "latent_attention", (q.dtype, *head_dims, *sizes), default(q.dtype, max(head_dims)), runs
-    )
+    return tiles.choose_by_name("latent_attention", (q.dtype, *head_dims, *sizes), default(q.dtype, *head_dims), runs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

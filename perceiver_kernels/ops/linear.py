@@ -17,7 +17,7 @@ from perceiver_kernels.backends.triton import runtime
 
 OP = "linear"
 ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
-# Multiplications below which a GPU is done before the next operator has been launched.
+# Multiplications that keep a GPU busy for less time than our launches take: an estimate, not measured yet.
 _SMALL_ON_GPU = 1 << 33
 # Elements of a result from which a fresh one comes page by page from the system: huge pages are faster then.
 _MUCH = 1 << 23
