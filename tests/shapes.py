@@ -94,3 +94,34 @@ def _can_be_tested(entry: dispatch.Declaration) -> bool:
 def declared(op: str, backend: str) -> dispatch.Declaration:
     """What a backend declares of an op: tests ask it for dtypes and limits."""
     return next(entry for entry in dispatch.declarations(op) if entry.backend == backend)
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels run in the interpreter, where a program costs a millisecond: small shapes, then."""
+    return backend == "triton" and interpreting()
+
+
+def dtypes_of(op: str, backend: str) -> list[torch.dtype]:
+    """The dtypes to test a backend with: all that it declares; Triton's interpreter does not multiply bfloat16."""
+    dtypes = declared(op, backend).data_dtypes
+    return [dtype for dtype in dtypes if not (interpreted(backend) and dtype == torch.bfloat16)]
+
+
+# The structure of LATENT_SHAPES in fewer and smaller tiles.
+LATENT_SHAPES_INTERPRETED = [
+    LatentShape(1, 1, 1, 1, 1, 1),
+    LatentShape(2, 3, 15, 17, 8, 8),
+    LatentShape(1, 2, 16, 16, 17, 17),
+    LatentShape(2, 1, 17, 15, 40, 24),
+    LatentShape(1, 2, 64, 64, 64, 64),
+    LatentShape(1, 1, 129, 127, 64, 33),
+    LatentShape(1, 1, 33, 129, 1, 128),
+    LatentShape(1, 1, 1, 100, 128, 1),
+    LatentShape(1, 1, 40, 1, 161, 161),
+    LatentShape(1, 1, 33, 40, 256, 256),
+    LatentShape(1, 1, 20, 300, 5, 7),
+]
+
+
+def latent_shapes(backend: str) -> list[LatentShape]:
+    return LATENT_SHAPES_INTERPRETED if interpreted(backend) else LATENT_SHAPES

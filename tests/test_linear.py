@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import re
 import subprocess
@@ -13,22 +14,32 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from machine_code import Build, figures
 from numerics import assert_no_worse, error
-from shapes import available_backends
+from shapes import available_backends, device_of, dtypes_of, interpreted
 from torch import Tensor, nn
 
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product, native
 from perceiver_kernels.backends.native_linear import tiles
-from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, OP, linear
+from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, OP, linear, small_on_gpu
 
 BACKENDS = available_backends(OP)
+DOUBLE = [backend for backend in BACKENDS if torch.float64 in dtypes_of(OP, backend)]
 KINDS = (None, *ACTIVATIONS)
 # rows (any leading dimensions), in_features, out_features
 SHAPES = [
     ((), 3, 2), ((1,), 1, 4), ((5,), 7, 30), ((2, 3), 16, 34), ((17,), 33, 258), ((0,), 4, 6), ((2, 0), 4, 6),
     ((2, 200), 24, 1100), ((700,), 5, 16),
 ]  # fmt: skip
+# In the interpreter: several strips of columns, several parts of rows.
+SMALLER = {((2, 200), 24, 1100): ((3,), 24, 1100), ((700,), 5, 16): ((150,), 5, 16)}
+CASES = [
+    (backend, *(SMALLER.get(shape, shape) if interpreted(backend) else shape), dtype)
+    for backend in BACKENDS
+    for shape in SHAPES
+    for dtype in dtypes_of(OP, backend)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,40 +77,41 @@ def make_inputs(
     return x.to(dtype), weight.to(dtype), bias.to(dtype), residual.to(dtype)
 
 
-def results(function: Any, inputs: tuple[Tensor | None, ...], kind: str | None, dtype: torch.dtype) -> list[Tensor]:
-    """The output and the gradients of a fixed weighting of it."""
-    own = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+def results(
+    function: Any, inputs: tuple[Tensor | None, ...], kind: str | None, dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
+    """The output and the gradients of a fixed weighting of it, computed on a device."""
+    own = [None if t is None else t.detach().to(device, dtype).requires_grad_() for t in inputs]
     x, weight, bias, residual = own
     out = function(x, weight, bias, kind, residual)
     weighting = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     leaves = [t for t in own if t is not None]
-    return [out.detach(), *torch.autograd.grad((out * weighting.to(out.dtype)).sum(), leaves)]
+    gradients = torch.autograd.grad((out * weighting.to(out)).sum(), leaves)
+    return [out.detach().cpu(), *(gradient.cpu() for gradient in gradients)]
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str | None, residual: Tensor | None) -> Tensor:
     return linear(x, weight, bias, activation=kind, residual=residual)
 
 
-def assert_matches(inputs: tuple[Tensor | None, ...], kind: str | None) -> None:
+def assert_matches(inputs: tuple[Tensor | None, ...], kind: str | None, device: str = "cpu") -> None:
     dtype = inputs[0].dtype  # type: ignore[union-attr]
-    actual = results(ours, inputs, kind, dtype)
+    actual = results(ours, inputs, kind, dtype, device)
     expected, truth = results(plain, inputs, kind, dtype), results(plain, inputs, kind, torch.float64)
     for name, *values in zip(("out", "first", "second", "third", "fourth"), actual, expected, truth, strict=False):
         assert values[0].dtype == dtype
         assert_no_worse(*values, name=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("leading, in_features, out_features", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, leading, in_features, out_features, dtype", CASES, ids=str)
 def test_matches_plain_torch(
     backend: str, leading: tuple[int, ...], in_features: int, out_features: int, kind: str | None, dtype: torch.dtype
 ) -> None:
     x, weight, bias, residual = make_inputs(leading, in_features, out_features, kind, dtype)
     with pk.use_backend(backend):
-        assert_matches((x, weight, bias, residual), kind)
-        assert_matches((x, weight, None, None), kind)
+        assert_matches((x, weight, bias, residual), kind, device_of(backend))
+        assert_matches((x, weight, None, None), kind, device_of(backend))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,7 +276,7 @@ def test_weight_made_in_inference_mode(kept: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", DOUBLE)
 def test_gradcheck(backend: str, activation: str) -> None:
     x, weight, bias, residual = (t.requires_grad_() for t in make_inputs((2, 3), 4, 6, activation, torch.float64))
     with pk.use_backend(backend):
@@ -286,12 +298,11 @@ def test_second_derivatives() -> None:
 @pytest.mark.parametrize("save_product", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_some(backend: str, save_product: bool, needed: tuple[bool, ...]) -> None:
-    inputs = make_inputs((9,), 4, 6, "geglu", torch.float64)[:3]
+    dtype = torch.float64 if backend in DOUBLE else torch.float32
+    inputs = (t.to(device_of(backend)) for t in make_inputs((9,), 4, 6, "geglu", dtype)[:3])
     leaves = [t.requires_grad_(need) for t, need in zip(inputs, needed, strict=True)]
     with pk.use_backend(backend):
-        out, _ = torch.ops.perceiver_kernels.linear_fwd(
-            *leaves, None, "geglu", torch.float64, torch.float64, save_product
-        )
+        out, _ = torch.ops.perceiver_kernels.linear_fwd(*leaves, None, "geglu", dtype, dtype, save_product)
         out.sum().backward()
     wanted = [t for t in leaves if t.requires_grad]
     expected = torch.autograd.grad(plain(*leaves, "geglu", None).sum(), wanted)
@@ -304,7 +315,7 @@ def test_gradients_of_some(backend: str, save_product: bool, needed: tuple[bool,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, activation: str, requires_grad: bool) -> None:
     inputs = make_inputs((5,), 4, 6, None if activation == "none" else activation, torch.float32)
-    x, weight, bias, residual = (t.requires_grad_(requires_grad) for t in inputs)
+    x, weight, bias, residual = (t.to(device_of(backend)).requires_grad_(requires_grad) for t in inputs)
     save = requires_grad and activation != "none"
     options = (activation, torch.float32, torch.float32, save)
     with pk.use_backend(backend):
@@ -339,18 +350,19 @@ def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
 def test_autocast(backend: str, provider: str, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(matrix_product.ENVIRONMENT, provider)
     inputs = make_inputs((2, 33), 24, 48, kind, torch.float32)[:3]
+    narrow = dtypes_of(OP, backend)[-1]
 
-    def all_of(function: Any, dtype: torch.dtype, enabled: bool) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            return results(function, (*inputs, None), kind, dtype)
+    def all_of(function: Any, dtype: torch.dtype, enabled: bool, device: str = "cpu") -> list[Tensor]:
+        with torch.autocast(device, narrow, enabled=enabled):
+            return results(function, (*inputs, None), kind, dtype, device)
 
     with pk.use_backend(backend):
-        actual = all_of(ours, torch.float32, True)
+        actual = all_of(ours, torch.float32, True, device_of(backend))
     expected, truth = all_of(plain, torch.float32, True), all_of(plain, torch.float64, False)
-    assert actual[0].dtype == expected[0].dtype == torch.bfloat16
+    assert actual[0].dtype == expected[0].dtype == narrow
     for name, one, other, exact in zip(("out", "x", "weight", "bias"), actual, expected, truth, strict=True):
         assert one.dtype == other.dtype
-        assert_no_worse(one.bfloat16(), other.bfloat16(), exact, name)
+        assert_no_worse(one.to(narrow), other.to(narrow), exact, name)
 
 
 def test_measuring_under_autocast_measures_the_dtype_it_names(no_small_calls: None) -> None:
@@ -402,14 +414,18 @@ def test_layouts() -> None:
     torch.testing.assert_close(expanded, plain(x[:1].expand(6, 5, 4), weight, bias[:1].expand(8), "geglu", None))
 
 
-def test_nan_and_infinity_stay_in_their_rows() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_infinity_stay_in_their_rows(backend: str) -> None:
     x, weight, _, _ = make_inputs((6,), 4, 40, "gelu", torch.float32)
     x[2, 1], x[4, 0] = torch.nan, torch.inf
     for kind in ACTIVATIONS:
-        with pk.use_backend("native"):
-            out = linear(x, weight, activation=kind)
+        leaf = x.to(device_of(backend)).requires_grad_()
+        with pk.use_backend(backend):
+            out = linear(leaf, weight.to(leaf.device), activation=kind)
+            (d_x,) = torch.autograd.grad(out.sum(), leaf)
         assert out[2].isnan().all() and not out[4].isfinite().all()
         assert out[[0, 1, 3, 5]].isfinite().all()
+        assert d_x[2].isnan().all() and d_x[[0, 1, 3, 5]].isfinite().all()
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="no compiled module")
@@ -478,8 +494,68 @@ def test_every_instruction_set(level: str) -> None:
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
 
 
+def test_a_gpu_s_small_calls_are_composed() -> None:
+    weight = torch.zeros(1, 1).expand(4096, 1024)
+    assert small_on_gpu(2000, weight) and not small_on_gpu(3000, weight)
+
+
+@pytest.mark.parametrize("name", ["onednn", "widened"])
+def test_triton_heeds_no_product_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its availability nor the dtype that it would multiply in."""
+    if "triton" not in BACKENDS:
+        pytest.skip("no Triton")
+    monkeypatch.setenv(matrix_product.ENVIRONMENT, name)
+    monkeypatch.setattr(matrix_product, "PROVIDERS", {})
+    for dtype in (torch.float32, torch.float16):
+        with pk.use_backend("triton"):
+            assert_matches(make_inputs((5,), 7, 30, "geglu", dtype), "geglu", device_of("triton"))
+
+
+@pytest.mark.parametrize("kind", ["none", "gelu", "geglu_tanh"])
+def test_two_runs_are_bitwise_equal(kind: str) -> None:
+    for backend in BACKENDS:
+        product, d_out = torch.randn(150, 70), torch.randn(150, 35 if kind == "geglu_tanh" else 70)
+        x, weight, bias = torch.randn(150, 3), torch.randn(70, 3), torch.randn(70)
+        tensors = [tensor.to(device_of(backend)) for tensor in (d_out, x, weight, bias, product)]
+        with pk.use_backend(backend):
+            first, second = (torch.ops.perceiver_kernels.linear_bwd(*tensors, kind, True, True, True) for _ in range(2))
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+POINTERS = ("product", "bias", "residual", "out", "d_out", "d_product", "inner")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tanh", "arch"),
+    [("fwd", torch.bfloat16, False, 90), ("bwd", torch.bfloat16, False, 80), ("bwd", torch.float32, True, 90)],
+    ids=str,
+)
+def test_machine_code(kernel: str, dtype: torch.dtype, tanh: bool, arch: int) -> None:
+    """Nothing is spilled in a gated epilogue, and half of a multiprocessor's threads have registers."""
+    kernels = importlib.import_module("perceiver_kernels.backends.triton.linear")
+    choice = kernels.default_tiles(4096)
+    kind = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+    names = POINTERS[:4] if kernel == "fwd" else ("product", "bias", "d_out", "d_product", "inner")
+    strides = ("residual_row", "residual_column") if kernel == "fwd" else ("d_out_row", "d_out_column")
+    signature = {
+        **dict.fromkeys(names, kind),
+        **({} if kernel == "fwd" else {"d_bias": "*fp32"}),
+        **dict.fromkeys((strides[0], "rows", "width", "features"), "i32"),
+    }
+    constants: dict[str, Any] = {
+        "ACTIVATED": True, "TANH": tanh, "GATED": True, "ROWS": choice.rows, "COLUMNS": choice.columns,
+        strides[1]: 1,
+        **({} if kernel == "fwd" else {"ROWS_OF_PART": kernels.ROWS_OF_PART}),
+    }  # fmt: skip
+    aligned = (strides[0], "width", "features")
+    found = figures(Build(f"linear:linear_{kernel}_kernel", signature, constants, arch, choice.warps, aligned=aligned))
+    assert found.spills == 0
+    assert found.registers <= 168
+
+
 def test_explain_names_the_backend() -> None:
-    assert f"{BACKENDS[0]}: runs this call" in pk.explain(linear, torch.zeros(3, 2), torch.zeros(4, 2))
+    assert f"{DOUBLE[0]}: runs this call" in pk.explain(linear, torch.zeros(3, 2), torch.zeros(4, 2))
 
 
 GOOD: dict[str, Any] = {

@@ -111,6 +111,31 @@ def test_autotuning_measures_once_and_remembers_in_the_file(
     assert timer.runs == [SMALL, LARGE]
 
 
+def test_ways_are_measured_once_and_remembered_with_the_tiles(
+    timer: Timer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a way is timed, the tiles of its kernel are chosen."""
+    file = tmp_path / "tiles.json"
+    measured: list[Tiles] = []
+    monkeypatch.setenv(tiles.FILE, str(file))
+    runs = {"small": lambda: tiles.choose("kernel", (), SMALL, [SMALL], measured.append), "large": lambda: LARGE}
+    assert tiles.choose_by_name("way", (1, 2), "small", runs) == "small"
+    monkeypatch.setattr("triton.testing.do_bench", lambda run, **_: -getattr(run(), "rows", 0))
+    monkeypatch.setenv(tiles.AUTOTUNE, "1")
+    assert tiles.choose_by_name("way", (1, 2), "small", runs) == "large"
+    assert measured
+    count = len(measured)
+    assert tiles.choose_by_name("way", (1, 2), "small", runs) == "large"
+    assert len(measured) == count
+    assert sorted(key.split("|")[0] for key in json.loads(file.read_text())) == ["kernel", "way"]
+
+    monkeypatch.setattr(tiles, "_choices", {})
+    monkeypatch.setattr(tiles, "_read", None)
+    monkeypatch.delenv(tiles.AUTOTUNE)
+    assert tiles.choose_by_name("way", (1, 2), "small") == "large"
+    assert tiles.choose_by_name("way", (1, 3), "small") == "small"
+
+
 ASSEMBLY = """
 .L_x_0:
         /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,10 +13,40 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import matrix_product, native, native_feed_forward
 from perceiver_kernels.backends.reference import feed_forward as reference
-from perceiver_kernels.ops.linear import ACTIVATIONS, DTYPES, check_like, check_vector, result_dtype, runs_composed
+from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.linear import (
+    ACTIVATIONS,
+    DTYPES,
+    TRITON_DTYPES,
+    check_like,
+    check_vector,
+    compute_dtype,
+    result_dtype,
+    runs_composed,
+)
 
 OP = "feed_forward"
+# Of the rows that a program of LayerNorm holds at once.
+MAX_CHANNELS = 16384
 
+
+def _triton() -> ModuleType:
+    return importlib.import_module("perceiver_kernels.backends.triton.feed_forward")
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=TRITON_DTYPES,
+        data_dtypes=TRITON_DTYPES,
+        channels=(1, MAX_CHANNELS),
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
@@ -84,11 +116,11 @@ def feed_forward(
     parameters = (norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out)
     if runs_composed(rows, weight_in):
         return reference.composed(x, *parameters, residual, activation, eps)
-    compute_dtype = matrix_product.compute_dtype(rows, weight_in, dtype) if x.device.type == "cpu" else dtype
+    own_dtype = compute_dtype(rows, weight_in, dtype)
     final = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     out, _ = torch.ops.perceiver_kernels.feed_forward_fwd(
-        rows, *parameters, added, activation, eps, compute_dtype, final, save_hidden and needs_grad
+        rows, *parameters, added, activation, eps, own_dtype, final, save_hidden and needs_grad
     )
     return out.view(shape)
 
@@ -157,7 +189,7 @@ library.define(
 
 
 def _call(x: Tensor, weight: Tensor) -> dispatch.Call:
-    return dispatch.Call(OP, x.device.type, weight.dtype, x.dtype)
+    return dispatch.Call(OP, x.device.type, weight.dtype, x.dtype, channels=x.shape[-1])
 
 
 def _fwd(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any) -> Any:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native
+from perceiver_kernels.backends import native, torch_attention
 from perceiver_kernels.backends.reference import latent_attention as reference
+from perceiver_kernels.backends.triton import runtime
 
 OP = "latent_attention"
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 
+
+def _triton() -> ModuleType:
+    return importlib.import_module("perceiver_kernels.backends.triton.latent_attention")
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        channels=(1, MAX_HEAD_DIM),
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
@@ -59,7 +80,8 @@ def latent_attention(
 
     Returns:
         (batch, heads, N, head_dim_v), in q's dtype: a transposed view of (batch, N, heads, head_dim_v), which the next
-        projection reads without a copy. A query whose scores are all -inf, or without keys, gets zeros. Under
+        projection reads without a copy. A query whose scores are all -inf, or without keys, gets zeros (from torch's
+        attention NaN in the first case, which takes infinite inputs). Under
         torch.autocast, inputs that are not float64 are cast as scaled_dot_product_attention casts them.
 
     Raises:
@@ -67,6 +89,8 @@ def latent_attention(
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
     Memory: O(N + M) beyond the inputs. Backward is deterministic and recomputes the weights.
+    On a GPU, 16-bit calls without dropout that need no gradient are run by torch's scaled_dot_product_attention, unless
+    a backend is forced or the call compiled; PERCEIVER_KERNELS_AUTOTUNE=1 measures whether that or ours is faster.
     Source: Jaegle et al. 2021, arXiv:2103.03206; Dao 2023, arXiv:2307.08691.
     """
     q, k, v = _autocast(q, k, v)
@@ -75,6 +99,8 @@ def latent_attention(
     if dropout_p > 0:
         random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if _by_torch(q, k, v, dropout_p, scale, measure=True):
+        return torch_attention.attention(q, k, v, scale)
     return torch.ops.perceiver_kernels.latent_attention_fwd(q, k, v, random, scale, dropout_p)[0]
 
 
@@ -123,9 +149,37 @@ def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
     return dispatch.Call(OP, q.device.type, compute_dtype, q.dtype, channels=channels, dropout=dropout_p > 0)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, **_: Any) -> str:
-    """Which backend would run this call of latent_attention, and the others' reasons why not."""
-    return dispatch.describe(_call(q, v, dropout_p))
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, *, measure: bool) -> bool:
+    """Whether torch's attention runs the call, in the place of a backend."""
+    if torch.compiler.is_compiling() or _not_by_torch(q, k, v, dropout_p):
+        return False
+
+    def ours() -> Any:
+        return torch.ops.perceiver_kernels.latent_attention_fwd(q, k, v, None, scale, 0.0)
+
+    can_measure = measure and not runtime.unavailable()
+    return torch_attention.choose(q, k, v, ours if can_measure else None, scale) == torch_attention.TORCH
+
+
+def _not_by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
+    """Why torch's attention must not run the call, or None where it may."""
+    if dispatch.current_backend() != "auto":
+        return f"the backend asked for is {dispatch.current_backend()!r}"
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    shape, head_dim = (*q.shape[:3], k.shape[2]), max(q.shape[3], v.shape[3])
+    return torch_attention.not_taken_reason(q.device.type, q.dtype, shape, head_dim, dropout_p > 0, needs_grad)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, **_: Any) -> str:
+    """What would run this call of latent_attention, and why nothing else would."""
+    header, *lines = dispatch.describe(_call(q, v, dropout_p)).split("\n")
+    reason = _not_by_torch(q, k, v, dropout_p)
+    if _by_torch(q, k, v, dropout_p, 1.0 if scale is None else scale, measure=False):
+        line = "runs this call"
+        lines = [other.replace("runs this call", "would do") for other in lines]
+    else:
+        line = f"no, {reason}" if reason else "would do, but is not expected or measured to be faster"
+    return "\n".join([header, f"  torch's scaled_dot_product_attention: {line}", *lines])
 
 
 library = torch.library.Library("perceiver_kernels", "FRAGMENT")

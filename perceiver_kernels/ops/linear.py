@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,13 +13,34 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import matrix_product, native, native_linear
 from perceiver_kernels.backends.reference import linear as reference
+from perceiver_kernels.backends.triton import runtime
 
 OP = "linear"
 ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
+# Multiplications that keep a GPU busy for less time than our launches take: an estimate, not measured yet.
+_SMALL_ON_GPU = 1 << 33
 # Elements of a result from which a fresh one comes page by page from the system: huge pages are faster then.
 _MUCH = 1 << 23
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
+def _triton() -> ModuleType:
+    return importlib.import_module("perceiver_kernels.backends.triton.linear")
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=TRITON_DTYPES,
+        data_dtypes=TRITON_DTYPES,
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
@@ -77,27 +100,44 @@ def linear(
     added = None if residual is None else residual.reshape(rows.shape[0], shape[-1])
     if runs_composed(rows, weight):
         return reference.composed(x, weight, bias, residual, kind)
-    compute_dtype = matrix_product.compute_dtype(rows, weight, dtype) if x.device.type == "cpu" else dtype
-    plain = kind == "none" and residual is None and compute_dtype == dtype == x.dtype == weight.dtype
-    if plain and _plain(rows, weight):
+    own_dtype = compute_dtype(rows, weight, dtype)
+    if kind == "none" and residual is None and _plain(rows, weight, own_dtype, dtype):
         return torch.nn.functional.linear(x, weight, bias)
     needs_grad = any(t is not None and t.requires_grad for t in (x, weight, bias))
     save_product = kind != "none" and needs_grad and torch.is_grad_enabled()
     final = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    out, _ = torch.ops.perceiver_kernels.linear_fwd(rows, weight, bias, added, kind, compute_dtype, final, save_product)
+    out, _ = torch.ops.perceiver_kernels.linear_fwd(rows, weight, bias, added, kind, own_dtype, final, save_product)
     return out.view(shape)
+
+
+def compute_dtype(rows: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to multiply in for a result in dtype: another one only by products of the CPU."""
+    if rows.device.type != "cpu" or (not torch.compiler.is_compiling() and dispatch.current_backend() == "triton"):
+        return dtype
+    return matrix_product.compute_dtype(rows, weight, dtype)
 
 
 def runs_composed(rows: Tensor, weight: Tensor) -> bool:
     """Whether the call is so small that torch's own operators, one after the other, are faster."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or dispatch.current_backend() != "auto":
+    if torch.compiler.is_compiling() or dispatch.current_backend() != "auto":
         return False
-    return matrix_product.too_small(rows.shape[0], weight)
+    if rows.device.type == "cpu":
+        return matrix_product.too_small(rows.shape[0], weight)
+    return rows.device.type == "cuda" and small_on_gpu(rows.shape[0], weight)
 
 
-def _plain(rows: Tensor, weight: Tensor) -> bool:
+def small_on_gpu(rows: int, weight: Tensor) -> bool:
+    """Whether a GPU waits for launches, of which an operator of our own costs more than torch's."""
+    return rows * weight.numel() < _SMALL_ON_GPU
+
+
+def _plain(rows: Tensor, weight: Tensor, own_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     """Whether F.linear is as fast as anything, where nothing follows the product."""
-    if torch.compiler.is_compiling() or rows.device.type != "cpu" or dispatch.current_backend() != "auto":
+    if torch.compiler.is_compiling() or dispatch.current_backend() != "auto":
+        return False
+    if rows.device.type != "cpu":
+        return True
+    if not own_dtype == dtype == rows.dtype == weight.dtype:
         return False
     return matrix_product.prefers_torch(rows, weight) and rows.shape[0] * weight.shape[0] < _MUCH
 

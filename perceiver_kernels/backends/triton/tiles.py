@@ -1,4 +1,4 @@
-"""Which tile sizes a kernel takes: fixed by shape, or measured once where somebody asked for that, and remembered.
+"""Which tile sizes a kernel takes, and which of two ways a call: fixed by shape, or measured on request and remembered.
 
 Nothing is timed unless PERCEIVER_KERNELS_AUTOTUNE=1. Choices are kept in the file that PERCEIVER_KERNELS_TILES names,
 and are used from there whether or not autotuning is on.
@@ -7,10 +7,11 @@ and are used from there whether or not autotuning is on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 AUTOTUNE = "PERCEIVER_KERNELS_AUTOTUNE"
 FILE = "PERCEIVER_KERNELS_TILES"
 
-_lock = threading.Lock()
-_choices: dict[str, dict[str, int]] = {}
+# Measuring one choice may need others: the way that runs a kernel, the kernel's tiles.
+_lock = threading.RLock()
+_choices: dict[str, Any] = {}
 _read: str | None = None
 
 
@@ -53,15 +55,31 @@ def choose(
         candidates: what autotuning compares with the default.
         run: launches the kernel with some tiles, on the call's own tensors and scratch results.
     """
-    if not candidates or not (_on(AUTOTUNE) or os.environ.get(FILE)):
+    if not candidates:
         return default
-    key = "|".join([kernel, _chip(), *map(str, problem)])
+    known = _chosen(kernel, problem, run and functools.partial(_fastest_tiles, [default, *candidates], run))
+    return default if known is None else Tiles(**known)
+
+
+def choose_by_name(
+    what: str, problem: Sequence[Any], default: str, runs: Mapping[str, Callable[[], Any]] | None = None
+) -> str:
+    """One of several ways to compute the same: remembered or measured as tiles are, else default."""
+    known = _chosen(what, problem, functools.partial(_fastest_way, runs) if runs else None)
+    return default if known is None else known
+
+
+def _chosen(what: str, problem: Sequence[Any], measure: Callable[[], Any] | None) -> Any | None:
+    """What the file says, else what is measured now and remembered, if asked for."""
+    if not (_on(AUTOTUNE) or os.environ.get(FILE)):
+        return None
+    key = "|".join([what, _chip(), *map(str, problem)])
     with _lock:
         known = _known().get(key)
-        if known is None and run is not None and _on(AUTOTUNE):
-            known = dataclasses.asdict(_fastest([default, *candidates], run))
+        if known is None and measure is not None and _on(AUTOTUNE):
+            known = measure()
             _remember(key, known)
-    return default if known is None else Tiles(**known)
+    return known
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -81,20 +99,30 @@ def _chip() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
 
 
-def _fastest(candidates: list[Tiles], run: Callable[[Tiles], Any]) -> Tiles:
+def _fastest_tiles(candidates: list[Tiles], run: Callable[[Tiles], Any]) -> dict[str, int]:
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
 
     times = {}
     for tiles in candidates:
         try:
-            times[tiles] = do_bench(lambda tiles=tiles: run(tiles), warmup=5, rep=25, return_mode="median")
+            times[tiles] = _time(functools.partial(run, tiles))
         except OutOfResources:
             continue
-    return min(times, key=lambda tiles: times[tiles]) if times else candidates[0]
+    return dataclasses.asdict(min(times, key=lambda tiles: times[tiles]) if times else candidates[0])
 
 
-def _known() -> dict[str, dict[str, int]]:
+def _fastest_way(runs: Mapping[str, Callable[[], Any]]) -> str:
+    return min(runs, key=lambda name: _time(runs[name]))
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Milliseconds, the median of some runs."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=5, rep=25, return_mode="median")
+
+
+def _known() -> dict[str, Any]:
     """The choices so far, with those of the file once it has been read."""
     global _read
     name = os.environ.get(FILE)
@@ -106,7 +134,7 @@ def _known() -> dict[str, dict[str, int]]:
     return _choices
 
 
-def _remember(key: str, choice: dict[str, int]) -> None:
+def _remember(key: str, choice: Any) -> None:
     _choices[key] = choice
     name = os.environ.get(FILE)
     if name:
