@@ -7,6 +7,7 @@ a strip's table and marginal stay in registers while the outer positions pass. P
 merge kernel adds in an order that follows from the shapes.
 """
 
+# ruff: noqa: RUF005  Triton knows no starred expressions
 from __future__ import annotations
 
 import math
@@ -62,41 +63,44 @@ def row_indices(block, ROWS: tl.constexpr):
 
 
 @triton.jit
-def outer_index(position, AXIS: tl.constexpr, sizes):
-    """Where an outer position stands on an outer axis; sizes beyond the last outer axis are 1."""
-    if AXIS == 0:
-        index = position // (sizes[1] * sizes[2])
-    elif AXIS == 1:
-        index = position // sizes[2] % sizes[1]
+def outer_indices(position, sizes):
+    """Where an outer position stands on each outer axis; sizes beyond the last outer axis are 1."""
+    inner = sizes[1] * sizes[2]
+    return position // inner, position // sizes[2] % sizes[1], position % sizes[2]
+
+
+@triton.jit
+def outer_entries(position, sizes, AXES: tl.constexpr):
+    """The entries of an outer position in the stacked tables of the outer axes."""
+    if AXES == 1:
+        return ()
+    elif AXES == 2:
+        return (tl.cast(position, tl.int64),)
     else:
-        index = position % sizes[2]
-    return tl.cast(index, tl.int64)
+        index = outer_indices(position, sizes)
+        entries = (tl.cast(index[0], tl.int64), tl.cast(sizes[0] + index[1], tl.int64))
+        if AXES == 4:
+            entries = entries + (tl.cast(sizes[0] + sizes[1] + index[2], tl.int64),)
+        return entries
 
 
 @triton.jit
-def first_outer_entry(AXIS: tl.constexpr, sizes):
-    """Where an outer axis begins among the stacked outer tables."""
-    entry = 0
-    for axis in tl.static_range(AXIS):
-        entry += sizes[axis]
-    return entry
+def outer_sum(tables, entries, stride, live, AXES: tl.constexpr):
+    """The sum of the outer tables at an outer position's entries, for each row."""
+    if AXES == 1:
+        return tl.zeros(live.shape, tl.float32)
+    else:
+        total = tl.load(tables + entries[0] * stride, mask=live, other=0.0)
+        for axis in tl.static_range(1, AXES - 1):
+            total += tl.load(tables + entries[axis] * stride, mask=live, other=0.0)
+        return total
 
 
 @triton.jit
-def outer_sum(tables, position, sizes, stride, live, AXES: tl.constexpr):
-    """The sum of the outer tables at an outer position, for each row."""
-    total = tl.zeros(live.shape, tl.float32)
-    for axis in tl.static_range(AXES - 1):
-        entry = first_outer_entry(axis, sizes) + outer_index(position, axis, sizes)
-        total += tl.load(tables + entry * stride, mask=live, other=0.0)
-    return total
-
-
-@triton.jit
-def add_outer(sums, position, value, sizes, stride, AXES: tl.constexpr):
+def add_outer(sums, entries, value, stride, AXES: tl.constexpr):
     """Adds to the program's own marginals of the outer axes."""
     for axis in tl.static_range(AXES - 1):
-        target = sums + (first_outer_entry(axis, sizes) + outer_index(position, axis, sizes)) * stride
+        target = sums + entries[axis] * stride
         tl.store(target, tl.load(target) + value)
 
 
@@ -108,9 +112,10 @@ def column_table(tables, strip, columns, stride, live, other, COLUMNS: tl.conste
 
 
 @triton.jit
-def token_values(tile_row, QUANTITY: tl.constexpr, COLUMNS: tl.constexpr):
-    """One packed quantity of a tile row's tokens: (COLUMNS, 1)."""
-    return tl.load(tile_row + QUANTITY * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+def first_token(tokens, strip, position, outer, QUANTITIES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the packed tokens of a tile row are; those of the next outer position follow."""
+    tile_row = tl.cast(strip, tl.int64) * outer + position
+    return tokens + tile_row * (QUANTITIES * COLUMNS) + tl.arange(0, COLUMNS)
 
 
 @triton.jit
@@ -125,22 +130,22 @@ def load_channels(form, factor, stride, live, C: tl.constexpr, FEW: tl.constexpr
 
 @triton.jit
 def linear_form(
-    channels, table, outer, constant, form, stride, live, tile_row,
+    channels, table, outer, constant, form, stride, live, token,
     C: tl.constexpr, WITH_R: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """r (channels . x + table + outer) + constant, for a tile row's tokens and all rows: (COLUMNS, rows)."""
     if WITH_R:
-        r = tl.broadcast_to(token_values(tile_row, C, COLUMNS), table.shape)
+        r = tl.broadcast_to(tl.load(token + C * COLUMNS)[:, None], table.shape)
         value = tl.fma(r, table + outer[None, :], tl.broadcast_to(constant[None, :], table.shape))
     else:
         value = table + (outer + constant)[None, :]
     if FEW:
         for c in tl.static_range(C):
-            value += channels[1 + c][None, :] * token_values(tile_row, c, COLUMNS)
+            value += channels[1 + c][None, :] * tl.load(token + c * COLUMNS)[:, None]
     else:
         for c in range(C):
             channel = tl.load(form + c * stride, mask=live, other=0.0) * channels[0]
-            value += channel[None, :] * tl.load(tile_row + c * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+            value += channel[None, :] * tl.load(token + c * COLUMNS)[:, None]
     return value
 
 
@@ -155,33 +160,33 @@ def no_weights(like, C: tl.constexpr, FEW: tl.constexpr):
 
 
 @triton.jit
-def add_weighted(acc, weights, sums, stride, tile_row, C: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr):
-    """acc + the tile row's sum of weights r x; where channels are many, they are added to the sums in memory instead."""
+def add_weighted(acc, weights, sums, stride, token, C: tl.constexpr, FEW: tl.constexpr, COLUMNS: tl.constexpr):
+    """acc + the tile row's sum of weights r x; many channels are added to the sums in memory instead."""
     if FEW:
         result = ()
         for c in tl.static_range(C):
-            result = result + (acc[c] + tl.sum(weights * token_values(tile_row, c, COLUMNS), 0),)
+            result = result + (acc[c] + tl.sum(weights * tl.load(token + c * COLUMNS)[:, None], 0),)
         return result
     else:
         for c in range(C):
-            value = weights * tl.load(tile_row + c * COLUMNS + tl.arange(0, COLUMNS))[:, None]
+            value = weights * tl.load(token + c * COLUMNS)[:, None]
             tl.store(sums + c * stride, tl.load(sums + c * stride) + tl.sum(value, 0))
         return acc
 
 
 @triton.jit
 def settle(acc, sums, stride, C: tl.constexpr, FEW: tl.constexpr):
-    """Adds what add_weighted kept in registers to the sums in memory: short sums lose less to rounding than long ones."""
+    """Adds what add_weighted kept in registers to the sums in memory: short sums lose less to rounding."""
     if FEW:
         for c in tl.static_range(C):
             tl.store(sums + c * stride, tl.load(sums + c * stride) + acc[c])
 
 
 @triton.jit
-def add_marginals(weights, marginal, tile_row, C: tl.constexpr, WITH_R: tl.constexpr, COLUMNS: tl.constexpr):
+def add_marginals(weights, marginal, token, C: tl.constexpr, WITH_R: tl.constexpr, COLUMNS: tl.constexpr):
     """The column marginal with the tile row's w = weights r added, and their sum, the outer position's."""
     if WITH_R:
-        r = token_values(tile_row, C, COLUMNS)
+        r = tl.load(token + C * COLUMNS)[:, None]
         return tl.fma(weights, tl.broadcast_to(r, weights.shape), marginal), tl.sum(weights * r, 0)
     else:
         return marginal + weights, tl.sum(weights, 0)
@@ -230,6 +235,7 @@ def separable_attention_pack_kernel(
     tile_rows,
     outer,
     columns,
+    size_1,
     size_2,
     size_3,
     x_batch,
@@ -264,9 +270,8 @@ def separable_attention_pack_kernel(
     tile_row = block.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     position = (tile_row % outer)[:, None]
     column = (tile_row // outer)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    sizes = (1, size_2, size_3)
-    index_1, index_2 = outer_index(position, 0, sizes), outer_index(position, 1, sizes)
-    index_3 = outer_index(position, 2, sizes)
+    sizes = (size_1, size_2, size_3)
+    index_1, index_2, index_3 = outer_indices(position, sizes)
     there = (tile_row < tile_rows)[:, None]
     keep = there & (column < columns)
     if MASKED:
@@ -306,18 +311,18 @@ def largest_scores(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Each row's largest score over some strips and outer positions, or `largest`."""
+    constant = tl.zeros_like(largest)
     for strip in range(first_strip, last_strip):
         table = column_table(column_tables, strip, columns, stride, live, -float("inf"), COLUMNS) * LOG2E
-        tile_row = tokens + (tl.cast(strip, tl.int64) * outer + first) * ((C + WITH_R + MASKED) * COLUMNS)
+        token = first_token(tokens, strip, first, outer, C + WITH_R + MASKED, COLUMNS)
         for position in range(first, last):
-            outer_table = outer_sum(outer_tables, position, sizes, stride, live, AXES) * LOG2E
-            scores = linear_form(
-                a, table, outer_table, tl.zeros_like(largest), form, stride, live, tile_row, C, WITH_R, FEW, COLUMNS
-            )
+            entries = outer_entries(position, sizes, AXES)
+            outer_score = outer_sum(outer_tables, entries, stride, live, AXES) * LOG2E
+            scores = linear_form(a, table, outer_score, constant, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
             if MASKED:
-                scores = tl.where(token_values(tile_row, C + WITH_R, COLUMNS) != 0, scores, -float("inf"))
+                scores = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, scores, -float("inf"))
             largest = tl.maximum(largest, tl.max(scores, 0))
-            tile_row += (C + WITH_R + MASKED) * COLUMNS
+            token += (C + WITH_R + MASKED) * COLUMNS
     return largest
 
 
@@ -331,7 +336,7 @@ def score_bound(
     low, high = tl.full(live.shape, float("inf"), tl.float32), tl.full(live.shape, -float("inf"), tl.float32)
     column_low, column_high = low, high
     for position in range(first, last):
-        value = outer_sum(outer_tables, position, sizes, stride, live, AXES)
+        value = outer_sum(outer_tables, outer_entries(position, sizes, AXES), stride, live, AXES)
         low, high = tl.minimum(low, value), tl.maximum(high, value)
     for strip in range(first_strip, last_strip):
         table = column_table(column_tables, strip, columns, stride, live, float("inf"), COLUMNS)
@@ -367,6 +372,7 @@ def separable_attention_fwd_kernel(
     outer,
     columns,
     strips,
+    outer_table,
     size_1,
     size_2,
     size_3,
@@ -399,16 +405,15 @@ def separable_attention_fwd_kernel(
     live = row < rows
     sizes = (size_1, size_2, size_3)
     stride, padded = tl.cast(rows, tl.int64), tl.cast(padded_rows, tl.int64)
-    outer_entries = first_outer_entry(AXES - 1, sizes)
     quantities: tl.constexpr = C + WITH_R + MASKED
 
     form += batch * form_batch + row
     outer_tables = form + C * stride
-    column_tables = form + (C + outer_entries) * stride
+    column_tables = form + (C + outer_table) * stride
     tokens += batch * strips * outer * (quantities * COLUMNS)
     extents += batch * extent_blocks * (2 * (C + 1))
     states += (batch * groups * parts + slot) * (C + 3) * padded + row
-    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_entries * padded + row
+    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
     column_sums += (batch * parts + part) * columns * padded + row
     a = load_channels(form, LOG2E, stride, live, C, FEW)
 
@@ -437,23 +442,22 @@ def separable_attention_fwd_kernel(
         marginal = tl.zeros((COLUMNS, ROWS), tl.float32)
         total, kept = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
         acc = no_weights(total, C, FEW)
-        tile_row = tokens + (tl.cast(strip, tl.int64) * outer + first) * (quantities * COLUMNS)
+        token = first_token(tokens, strip, first, outer, quantities, COLUMNS)
         for position in range(first, last):
-            outer_table = outer_sum(outer_tables, position, sizes, stride, live, AXES) * LOG2E
-            scores = linear_form(
-                a, table, outer_table, constant, form, stride, live, tile_row, C, WITH_R, FEW, COLUMNS
-            )
+            entries = outer_entries(position, sizes, AXES)
+            outer_score = outer_sum(outer_tables, entries, stride, live, AXES) * LOG2E
+            scores = linear_form(a, table, outer_score, constant, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
             p = exp2(scores, INTERPRETED)
             if MASKED:
-                p = tl.where(token_values(tile_row, C + WITH_R, COLUMNS) != 0, p, 0.0)
+                p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
             total += tl.sum(p, 0)
             if DROPOUT:
                 p *= dropout_scales(seed, batch, row, position, strip, columns, threshold, keep_scale, COLUMNS)
                 kept += tl.sum(p, 0)
-            acc = add_weighted(acc, p, states, padded, tile_row, C, FEW, COLUMNS)
-            marginal, outer_weight = add_marginals(p, marginal, tile_row, C, WITH_R, COLUMNS)
-            add_outer(outer_sums, position, outer_weight, sizes, padded, AXES)
-            tile_row += quantities * COLUMNS
+            acc = add_weighted(acc, p, states, padded, token, C, FEW, COLUMNS)
+            marginal, outer_weight = add_marginals(p, marginal, token, C, WITH_R, COLUMNS)
+            add_outer(outer_sums, entries, outer_weight, padded, AXES)
+            token += quantities * COLUMNS
         settle(acc, states, padded, C, FEW)
         settle((total, kept if DROPOUT else total), states + C * padded, padded, 2, True)
         column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
@@ -465,13 +469,13 @@ def separable_attention_fwd_kernel(
 
 @triton.jit
 def slots_of_entry(
-    entry, group_size, groups, parts, part_size, outer_entries,
+    entry, group_size, groups, parts, part_size, outer_table,
     C: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Which slots hold a part of an entry of the form: how many, the first, and the step from one to the next."""
     count, slot, step = groups * parts, 0, 1
-    if entry >= C + outer_entries:
-        count, slot = parts, (entry - C - outer_entries) // (COLUMNS * group_size) * parts
+    if entry >= C + outer_table:
+        count, slot = parts, (entry - C - outer_table) // (COLUMNS * group_size) * parts
     elif entry >= C and AXES == 2:
         count, slot, step = groups, (entry - C) // part_size, parts
     return count, slot, step
@@ -488,7 +492,7 @@ def separable_attention_merge_kernel(
     rows,
     padded_rows,
     columns,
-    outer_entries,
+    outer_table,
     parts,
     part_size,
     groups,
@@ -504,7 +508,7 @@ def separable_attention_merge_kernel(
 ):
     """Adds the programs' partial sums of ENTRIES entries of ROWS rows: forward's as states merge, divided by the sum of
     the weights; backward's as they are, over `batches` entries of the batch where all of them share a form."""
-    entries = C + outer_entries + columns
+    entries = C + outer_table + columns
     block, entry_block, batch = program_indices(tl.cdiv(rows, ROWS), tl.cdiv(entries, ENTRIES))
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < rows
@@ -539,17 +543,15 @@ def separable_attention_merge_kernel(
 
     outer_slots = slots if AXES > 2 else groups
     for entry in range(entry_block * ENTRIES, tl.minimum(entry_block * ENTRIES + ENTRIES, entries)):
-        count, first, step = slots_of_entry(
-            entry, group_size, groups, parts, part_size, outer_entries, C, AXES, COLUMNS
-        )
+        count, first, step = slots_of_entry(entry, group_size, groups, parts, part_size, outer_table, C, AXES, COLUMNS)
         value = tl.zeros((ROWS,), tl.float32)
         for b in range(batch, batch + batches):
             partials, size = states + (b * slots * (C + 3) + entry) * padded, state_size
-            if entry >= C + outer_entries:
+            if entry >= C + outer_table:
                 size = columns * padded
-                partials = column_sums + b * parts * size + (entry - C - outer_entries) * padded
+                partials = column_sums + b * parts * size + (entry - C - outer_table) * padded
             elif entry >= C:
-                size = outer_entries * padded
+                size = outer_table * padded
                 partials = outer_sums + b * outer_slots * size + (entry - C) * padded
             for start in range(0, count, SLOTS):
                 index = (start + tl.arange(0, SLOTS))[:, None].to(tl.int64)
@@ -635,6 +637,7 @@ def separable_attention_bwd_rows_kernel(
     outer,
     columns,
     strips,
+    outer_table,
     size_1,
     size_2,
     size_3,
@@ -661,14 +664,13 @@ def separable_attention_bwd_rows_kernel(
     live = row < rows
     sizes = (size_1, size_2, size_3)
     stride, padded = tl.cast(rows, tl.int64), tl.cast(padded_rows, tl.int64)
-    outer_entries = first_outer_entry(AXES - 1, sizes)
     quantities: tl.constexpr = C + WITH_R + MASKED
 
     form += batch * form_batch + row
-    upstream += batch * (C + outer_entries + columns) * stride + row
+    upstream += batch * (C + outer_table + columns) * stride + row
     tokens += batch * strips * outer * (quantities * COLUMNS)
     states += (batch * groups * parts + slot) * (C + 3) * padded + row
-    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_entries * padded + row
+    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
     column_sums += (batch * parts + part) * columns * padded + row
     statistics += batch * 4 * padded + row
     reference, factor = tl.load(statistics), tl.load(statistics + padded)
@@ -678,32 +680,31 @@ def separable_attention_bwd_rows_kernel(
     constant = total if DROPOUT else -delta
 
     for strip in range(first_strip, last_strip):
-        at = (C + outer_entries) * stride
+        at = (C + outer_table) * stride
         table = column_table(form + at, strip, columns, stride, live, -float("inf"), COLUMNS) * LOG2E
         d_marginal = column_table(upstream + at, strip, columns, stride, live, 0.0, COLUMNS) * factor[None, :]
         d_table = tl.zeros((COLUMNS, ROWS), tl.float32)
         d_a = no_weights(delta, C, FEW)
-        tile_row = tokens + (tl.cast(strip, tl.int64) * outer + first) * (quantities * COLUMNS)
+        token = first_token(tokens, strip, first, outer, quantities, COLUMNS)
         for position in range(first, last):
-            outer_table = outer_sum(form + C * stride, position, sizes, stride, live, AXES) * LOG2E
-            d_outer = outer_sum(upstream + C * stride, position, sizes, stride, live, AXES) * factor
-            scores = linear_form(
-                a, table, outer_table, -reference, form, stride, live, tile_row, C, WITH_R, FEW, COLUMNS
-            )
+            entries = outer_entries(position, sizes, AXES)
+            outer_score = outer_sum(form + C * stride, entries, stride, live, AXES) * LOG2E
+            d_outer = outer_sum(upstream + C * stride, entries, stride, live, AXES) * factor
+            scores = linear_form(a, table, outer_score, -reference, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
             u = linear_form(
-                d_acc, d_marginal, d_outer, constant, upstream, stride, live, tile_row, C, WITH_R, FEW, COLUMNS
+                d_acc, d_marginal, d_outer, constant, upstream, stride, live, token, C, WITH_R, FEW, COLUMNS
             )
             p = exp2(scores, INTERPRETED)
             if MASKED:
-                p = tl.where(token_values(tile_row, C + WITH_R, COLUMNS) != 0, p, 0.0)
+                p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
             if DROPOUT:
                 keep = dropout_scales(seed, batch, row, position, strip, columns, threshold, keep_scale, COLUMNS)
                 u = keep * u - delta[None, :]
             ds = p * u
-            d_a = add_weighted(d_a, ds, states, padded, tile_row, C, FEW, COLUMNS)
-            d_table, d_outer_table = add_marginals(ds, d_table, tile_row, C, WITH_R, COLUMNS)
-            add_outer(outer_sums, position, d_outer_table, sizes, padded, AXES)
-            tile_row += quantities * COLUMNS
+            d_a = add_weighted(d_a, ds, states, padded, token, C, FEW, COLUMNS)
+            d_table, d_outer_score = add_marginals(ds, d_table, token, C, WITH_R, COLUMNS)
+            add_outer(outer_sums, entries, d_outer_score, padded, AXES)
+            token += quantities * COLUMNS
         settle(d_a, states, padded, C, FEW)
         column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
         tl.store(column_sums[None, :] + column * padded, d_table, mask=column < columns)
@@ -711,15 +712,14 @@ def separable_attention_bwd_rows_kernel(
 
 @triton.jit
 def form_of_tokens(
-    form, data, position, column, there, sizes, live,
+    form, data, entries, column, outer_table, live, there,
     C: tl.constexpr, AXES: tl.constexpr, FEW: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """channels . x + the tables' sum, of some rows for one outer position's tokens: (rows, tokens)."""
-    tables = form + C
-    column_tables = tables + first_outer_entry(AXES - 1, sizes)
-    at = column_tables[:, None] + column[None, :]
-    value = tl.load(at, mask=live[:, None] & there[None, :], other=0.0)
-    value += outer_sum(tables, position, sizes, 1, live, AXES)[:, None]
+    """channels . x + the sum of the tables, for some rows and tokens: (rows, tokens)."""
+    tables = (form + C)[:, None]
+    value = tl.load(tables + outer_table + column[None, :], mask=there, other=0.0)
+    if AXES > 1:
+        value += outer_sum(tables, entries, 1, there, AXES)
     if FEW:
         for c in tl.static_range(C):
             value += tl.load(form + c, mask=live, other=0.0)[:, None] * data[c][None, :]
@@ -770,6 +770,7 @@ def separable_attention_bwd_tokens_kernel(
     padded_rows,
     outer,
     columns,
+    outer_table,
     size_1,
     size_2,
     size_3,
@@ -803,26 +804,27 @@ def separable_attention_bwd_tokens_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradients of TOKENS tokens of one outer position, sums over all rows; here tokens lie across lanes.
+    """Gradients of TOKENS tokens, sums over all rows; here tokens lie across lanes.
 
     form (batch or 1, rows, entries) and upstream (batch, rows, entries), both with entries contiguous.
     """
-    block, position, batch = program_indices(tl.cdiv(columns, TOKENS), outer)
+    tokens = tl.cast(outer, tl.int64) * columns
+    _, block, batch = program_indices(1, tl.cdiv(tokens, TOKENS))
+    token = block.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    exists = token < tokens
+    position, column = token // columns, token % columns
     sizes = (size_1, size_2, size_3)
-    index_1, index_2 = outer_index(position, 0, sizes), outer_index(position, 1, sizes)
-    index_3 = outer_index(position, 2, sizes)
-    column = (block * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    there = column < columns
-    keep = there
+    index_1, index_2, index_3 = outer_indices(position, sizes)
+    keep = exists
     if MASKED:
         at = mask + batch * mask_batch + index_1 * mask_1 + index_2 * mask_2 + index_3 * mask_3 + column * mask_column
-        keep = there & (tl.load(at, mask=there, other=0) != 0)
+        keep = exists & (tl.load(at, mask=exists, other=0) != 0)
     factor = tl.full((TOKENS,), 1.0, tl.float32)
     if WITH_R:
         at = r + batch * r_batch + index_1 * r_1 + index_2 * r_2 + index_3 * r_3 + column * r_column
         factor = tl.load(at, mask=keep, other=1.0)
-    channel = tl.arange(0, CHANNELS)[:, None].to(tl.int64)
     x += batch * x_batch + index_1 * x_1 + index_2 * x_2 + index_3 * x_3 + column * x_column
+    channel = tl.arange(0, CHANNELS)[:, None].to(tl.int64)
     if FEW:
         data, d_data = (), ()
         for c in tl.static_range(C):
@@ -834,22 +836,23 @@ def separable_attention_bwd_tokens_kernel(
         d_data = tl.zeros((CHANNELS, TOKENS), tl.float32)
     d_factor = tl.zeros((TOKENS,), tl.float32)
 
-    entries = C + first_outer_entry(AXES - 1, sizes) + columns
+    entries = outer_entries(position[None, :], sizes, AXES)
+    form_size = C + outer_table + columns
     statistics += batch * 4 * padded_rows
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         live = row < rows
-        a = form + batch * form_batch + row.to(tl.int64) * entries
-        d_acc = upstream + (batch * rows + row) * entries
+        there = live[:, None] & keep[None, :]
+        a = form + batch * form_batch + row.to(tl.int64) * form_size
+        d_acc = upstream + (batch * rows + row) * form_size
         reference, correction = tl.load(statistics + row), tl.load(statistics + padded_rows + row)
         delta, total = tl.load(statistics + 2 * padded_rows + row), tl.load(statistics + 3 * padded_rows + row)
-        scores = form_of_tokens(a, data, position, column, there, sizes, live, C, AXES, FEW, CHANNELS, PRECISION)
-        u = form_of_tokens(d_acc, data, position, column, there, sizes, live, C, AXES, FEW, CHANNELS, PRECISION)
+        scores = form_of_tokens(a, data, entries, column, outer_table, live, there, C, AXES, FEW, CHANNELS, PRECISION)
+        u = form_of_tokens(d_acc, data, entries, column, outer_table, live, there, C, AXES, FEW, CHANNELS, PRECISION)
         p = exp2(scores * (factor * LOG2E)[None, :] - reference[:, None], INTERPRETED)
-        p = tl.where(live[:, None] & keep[None, :], p, 0.0)
+        p = tl.where(there, p, 0.0)
         kept = p
         if DROPOUT:
-            token = tl.cast(position, tl.int64) * columns + column
             kept *= keep_scales(seed, batch, row[:, None], token[None, :], threshold, keep_scale)
         weights = kept * correction[:, None]
         d_scores = weights * (u * factor[None, :]) + kept * total[:, None] - p * delta[:, None]
@@ -859,16 +862,18 @@ def separable_attention_bwd_tokens_kernel(
         if NEEDS_R:
             d_factor += tl.sum(d_scores * scores + weights * u, 0)
 
-    token = (batch * outer + position) * columns + column
+    of_batch = batch * tokens + token
     if NEEDS_R:
-        tl.store(d_r + token, tl.where(keep, d_factor, 0.0), mask=there)
+        tl.store(d_r + of_batch, tl.where(keep, d_factor, 0.0), mask=exists)
     if NEEDS_X:
         if FEW:
             for c in tl.static_range(C):
-                tl.store(d_x + token * C + c, tl.where(keep, factor * d_data[c], 0.0).to(d_x.dtype.element_ty), mask=there)
+                value = tl.where(keep, factor * d_data[c], 0.0)
+                tl.store(d_x + of_batch * C + c, value.to(d_x.dtype.element_ty), mask=exists)
         else:
-            value = tl.where(keep[None, :], factor[None, :] * d_data, 0.0).to(d_x.dtype.element_ty)
-            tl.store(d_x + token[None, :] * C + channel, value, mask=(channel < C) & there[None, :])
+            value = tl.where(keep[None, :], factor[None, :] * d_data, 0.0)
+            at = d_x + of_batch[None, :] * C + channel
+            tl.store(at, value.to(d_x.dtype.element_ty), mask=(channel < C) & exists[None, :])
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
@@ -898,7 +903,7 @@ class Geometry:
         return math.prod(self.outer_sizes)
 
     @property
-    def outer_entries(self) -> int:
+    def outer_table(self) -> int:
         return sum(self.outer_sizes)
 
     @property
@@ -910,8 +915,9 @@ class Geometry:
         return self.channels <= CHANNELS_IN_REGISTERS
 
     def sizes(self) -> dict[str, int]:
+        """The grid as the kernels name it."""
         padded = (*self.outer_sizes, 1, 1, 1)
-        return {f"size_{k + 1}": padded[k] for k in range(3)}
+        return {"outer": self.outer, "columns": self.columns} | {f"size_{k + 1}": padded[k] for k in range(3)}
 
     def strides(self, name: str, tensor: Tensor | None) -> dict[str, int]:
         """The strides of x, r or mask as the kernels name them."""
@@ -985,8 +991,6 @@ def _packed(geometry: Geometry, x: Tensor, r: Tensor | None, mask: Tensor | None
         x.new_empty(geometry.batch, tile_rows, quantities, columns, dtype=torch.float32),
         x.new_empty(geometry.batch, blocks, 2, geometry.channels + 1, dtype=torch.float32),
     )
-    sizes = geometry.sizes()
-    del sizes["size_1"]
     separable_attention_pack_kernel[(geometry.batch * blocks,)](
         x,
         r,
@@ -994,9 +998,7 @@ def _packed(geometry: Geometry, x: Tensor, r: Tensor | None, mask: Tensor | None
         packed.tokens,
         packed.extents,
         tile_rows,
-        geometry.outer,
-        geometry.columns,
-        **sizes,
+        **geometry.sizes(),
         **geometry.strides("x", x),
         **geometry.strides("r", r),
         **geometry.strides("mask", mask),
@@ -1026,7 +1028,7 @@ class Partials:
         zeros = lambda *shape: torch.zeros(geometry.batch, *shape, padded, device=device)  # noqa: E731
         return cls(
             zeros(split.slots, geometry.channels + 3),
-            zeros(split.slots if geometry.axes > 2 else split.groups, geometry.outer_entries),
+            zeros(split.slots if geometry.axes > 2 else split.groups, geometry.outer_table),
             torch.empty(geometry.batch, split.parts, geometry.columns, padded, device=device),
         )
 
@@ -1044,7 +1046,7 @@ class Partials:
             geometry.rows,
             self.states.shape[-1],
             geometry.columns,
-            geometry.outer_entries,
+            geometry.outer_table,
             batches=geometry.batch // result.shape[0],
             **split.arguments(),
             C=geometry.channels,
@@ -1053,7 +1055,7 @@ class Partials:
             ENTRIES=entries,
             ROWS=rows,
             COLUMNS=columns,
-            SLOTS=8,
+            SLOTS=min(tiles.next_power_of_2(split.slots), 64),
             num_warps=4,
             num_stages=1,
             **runtime.LAUNCH_OPTIONS,
@@ -1105,10 +1107,9 @@ def separable_attention_fwd(
             form_batch=0 if form.shape[0] == 1 else form.stride(0),
             rows=geometry.rows,
             padded_rows=partials.states.shape[-1],
-            outer=geometry.outer,
-            columns=geometry.columns,
             strips=split.strips,
             extent_blocks=packed.extents.shape[1],
+            outer_table=geometry.outer_table,
             **geometry.sizes(),
             **split.arguments(),
             **_dropout(dropout_p, seed),
@@ -1219,9 +1220,8 @@ def _rows_gradients(
             form_batch=0 if form.shape[0] == 1 else form.stride(0),
             rows=geometry.rows,
             padded_rows=statistics.shape[-1],
-            outer=geometry.outer,
-            columns=geometry.columns,
             strips=split.strips,
+            outer_table=geometry.outer_table,
             **geometry.sizes(),
             **split.arguments(),
             **_dropout(dropout_p, seed),
@@ -1251,9 +1251,9 @@ def _tokens_gradients(
     d_x: Tensor,
     d_r: Tensor,
 ) -> None:
-    choice = Tiles(8, 128, warps=1) if geometry.few_channels else Tiles(32, 64, warps=4)
+    choice = Tiles(16, 64, warps=1) if geometry.few_channels else Tiles(32, 64, warps=4)
     by_rows, d_by_rows = form.transpose(1, 2).contiguous(), d_sums.transpose(1, 2).contiguous()
-    programs = triton.cdiv(geometry.columns, choice.columns) * geometry.outer * geometry.batch
+    programs = triton.cdiv(geometry.columns * geometry.outer, choice.columns) * geometry.batch
     separable_attention_bwd_tokens_kernel[(programs,)](
         by_rows,
         d_by_rows,
@@ -1266,8 +1266,7 @@ def _tokens_gradients(
         form_batch=0 if form.shape[0] == 1 else by_rows.stride(0),
         rows=geometry.rows,
         padded_rows=statistics.shape[-1],
-        outer=geometry.outer,
-        columns=geometry.columns,
+        outer_table=geometry.outer_table,
         **geometry.sizes(),
         **geometry.strides("x", x),
         **geometry.strides("r", r),
