@@ -10,9 +10,10 @@ from machine_code import Build, Figures, figures
 pytest.importorskip("triton")
 
 INTEGERS = (
-    "form_batch rows padded_rows outer columns strips outer_table size_1 parts part_size groups group_size".split()
+    *("form_batch", "rows", "padded_rows", "statistics_rows", "outer", "columns", "strips", "outer_table", "size_1"),
+    *("parts", "part_size", "groups", "group_size"),
 )
-DIVISIBLE = ("form_batch", "rows", "padded_rows")
+DIVISIBLE = ("form_batch", "rows", "padded_rows", "statistics_rows")
 
 
 def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any) -> Figures:

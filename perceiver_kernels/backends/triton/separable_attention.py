@@ -7,7 +7,9 @@ a strip's table and marginal stay in registers while the outer positions pass. P
 merge kernel adds in an order that follows from the shapes.
 """
 
-# ruff: noqa: RUF005  Triton knows no starred expressions
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+# Triton's tuples grow by +; it knows no starred expressions.
 from __future__ import annotations
 
 import math
@@ -468,24 +470,8 @@ def separable_attention_fwd_kernel(
 
 
 @triton.jit
-def slots_of_entry(
-    entry, group_size, groups, parts, part_size, outer_table,
-    C: tl.constexpr, AXES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Which slots hold a part of an entry of the form: how many, the first, and the step from one to the next."""
-    count, slot, step = groups * parts, 0, 1
-    if entry >= C + outer_table:
-        count, slot = parts, (entry - C - outer_table) // (COLUMNS * group_size) * parts
-    elif entry >= C and AXES == 2:
-        count, slot, step = groups, (entry - C) // part_size, parts
-    return count, slot, step
-
-
-@triton.jit
 def separable_attention_merge_kernel(
-    states,
-    outer_sums,
-    column_sums,
+    partials,
     result,
     lse,
     total,
@@ -493,6 +479,9 @@ def separable_attention_merge_kernel(
     padded_rows,
     columns,
     outer_table,
+    outer_slots,
+    outer_sums,
+    column_sums,
     parts,
     part_size,
     groups,
@@ -507,33 +496,21 @@ def separable_attention_merge_kernel(
     SLOTS: tl.constexpr,
 ):
     """Adds the programs' partial sums of ENTRIES entries of ROWS rows: forward's as states merge, divided by the sum of
-    the weights; backward's as they are, over `batches` entries of the batch where all of them share a form."""
+    the weights; backward's as they are, over `batches` entries of the batch where all of them share a form.
+
+    partials: the states, the marginals of the outer axes from element outer_sums on, those of the columns from element
+    column_sums on.
+    """
     entries = C + outer_table + columns
     block, entry_block, batch = program_indices(tl.cdiv(rows, ROWS), tl.cdiv(entries, ENTRIES))
     row = block * ROWS + tl.arange(0, ROWS)
     live = row < rows
     padded = tl.cast(padded_rows, tl.int64)
     slots = groups * parts
-    state_size = (C + 3) * padded
+    states = partials + batch * slots * (C + 3) * padded + row[None, :]
     reference, weight = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1.0, tl.float32)
     if FORWARD:
-        of_batch = states + batch * slots * state_size + row
-        reference = tl.full((ROWS,), -float("inf"), tl.float32)
-        for start in range(0, slots, SLOTS):
-            slot = start + tl.arange(0, SLOTS)
-            at = of_batch[None, :] + slot.to(tl.int64)[:, None] * state_size
-            there = (slot < slots)[:, None]
-            value = tl.load(at + (C + 2) * padded, mask=there, other=-float("inf"))
-            reference = tl.maximum(reference, tl.max(value, 0))
-        reference = tl.where(reference == -float("inf"), 0.0, reference)
-        weight, kept = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-        for start in range(0, slots, SLOTS):
-            slot = start + tl.arange(0, SLOTS)
-            at = of_batch[None, :] + slot.to(tl.int64)[:, None] * state_size
-            there = (slot < slots)[:, None]
-            factor = tl.exp2(tl.load(at + (C + 2) * padded, mask=there, other=-float("inf")) - reference[None, :])
-            weight += tl.sum(factor * tl.load(at + C * padded, mask=there, other=0.0), 0)
-            kept += tl.sum(factor * tl.load(at + (C + 1) * padded, mask=there, other=0.0), 0)
+        reference, weight, kept = merged_weights(states, slots, padded, C, ROWS, SLOTS)
         empty = weight == 0
         weight = tl.where(empty, 1.0, weight)
         if entry_block == 0:
@@ -541,27 +518,54 @@ def separable_attention_merge_kernel(
             tl.store(lse + batch * rows + row, tl.where(empty, -float("inf"), exact), mask=live)
             tl.store(total + batch * rows + row, tl.where(empty, 0.0, kept / weight), mask=live)
 
-    outer_slots = slots if AXES > 2 else groups
-    for entry in range(entry_block * ENTRIES, tl.minimum(entry_block * ENTRIES + ENTRIES, entries)):
-        count, first, step = slots_of_entry(entry, group_size, groups, parts, part_size, outer_table, C, AXES, COLUMNS)
-        value = tl.zeros((ROWS,), tl.float32)
-        for b in range(batch, batch + batches):
-            partials, size = states + (b * slots * (C + 3) + entry) * padded, state_size
-            if entry >= C + outer_table:
-                size = columns * padded
-                partials = column_sums + b * parts * size + (entry - C - outer_table) * padded
-            elif entry >= C:
-                size = outer_table * padded
-                partials = outer_sums + b * outer_slots * size + (entry - C) * padded
-            for start in range(0, count, SLOTS):
-                index = (start + tl.arange(0, SLOTS))[:, None].to(tl.int64)
-                there = index < count
-                partial = tl.load(partials + index * size + row[None, :], mask=there, other=0.0)
-                if FORWARD:
-                    at = of_batch[None, :] + (first + index * step) * state_size + (C + 2) * padded
-                    partial *= tl.exp2(tl.load(at, mask=there, other=-float("inf")) - reference[None, :])
-                value += tl.sum(partial, 0)
-        tl.store(result + (batch * entries + entry) * rows + row, value / weight, mask=live)
+    # Which slots hold a part of an entry: `count` of them from `first` on, `step` apart; and where their parts are.
+    entry = entry_block * ENTRIES + tl.arange(0, ENTRIES)
+    of_column, of_outer = entry >= C + outer_table, (entry >= C) & (entry < C + outer_table)
+    of_groups = of_outer & (AXES == 2)
+    column = entry - C - outer_table
+    count = tl.where(of_column, parts, tl.where(of_groups, groups, slots))
+    step = tl.where(of_groups, parts, 1)
+    first = tl.where(of_column, column // (COLUMNS * group_size) * parts, 0)
+    first = tl.where(of_groups, (entry - C) // part_size, first)
+    size = tl.where(of_column, columns, tl.where(of_outer, outer_table, C + 3)).to(tl.int64)
+    of_batch = tl.where(of_column, parts, tl.where(of_outer, outer_slots, slots)) * size
+    begin = tl.where(of_column, column_sums + column * padded, entry * padded)
+    begin = tl.where(of_outer, outer_sums + (entry - C) * padded, begin)
+
+    value = tl.zeros((ENTRIES, ROWS), tl.float32)
+    for b in range(batch, batch + batches):
+        of_row = partials + ((begin + b * of_batch * padded)[:, None] + row[None, :])[None, :, :]
+        for start in range(0, slots, SLOTS):
+            index = (start + tl.arange(0, SLOTS))[:, None]
+            there = ((index < count[None, :]) & (entry < entries)[None, :])[:, :, None]
+            partial = tl.load(of_row + (index * size[None, :] * padded)[:, :, None], mask=there, other=0.0)
+            if FORWARD:
+                slot = first[None, :] + index * step[None, :]
+                at = states[None, :, :] + (slot * ((C + 3) * padded) + (C + 2) * padded)[:, :, None]
+                partial *= tl.exp2(tl.load(at, mask=there, other=-float("inf")) - reference[None, None, :])
+            value += tl.sum(partial, 0)
+    target = result + (batch * entries + entry)[:, None] * rows + row[None, :]
+    tl.store(target, value / weight[None, :], mask=(entry < entries)[:, None] & live[None, :])
+
+
+@triton.jit
+def merged_weights(states, slots, padded, C: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """The largest of the slots' references, and the sums of the weights, before and after dropout, relative to it."""
+    reference = tl.full((ROWS,), -float("inf"), tl.float32)
+    for start in range(0, slots, SLOTS):
+        slot = (start + tl.arange(0, SLOTS))[:, None]
+        at = states + (slot * (C + 3) + C + 2) * padded
+        reference = tl.maximum(reference, tl.max(tl.load(at, mask=slot < slots, other=-float("inf")), 0))
+    reference = tl.where(reference == -float("inf"), 0.0, reference)
+    weight, kept = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(0, slots, SLOTS):
+        slot = (start + tl.arange(0, SLOTS))[:, None]
+        at = states + (slot * (C + 3) + C) * padded
+        there = slot < slots
+        factor = tl.exp2(tl.load(at + 2 * padded, mask=there, other=-float("inf")) - reference[None, :])
+        weight += tl.sum(factor * tl.load(at, mask=there, other=0.0), 0)
+        kept += tl.sum(factor * tl.load(at + padded, mask=there, other=0.0), 0)
+    return reference, weight, kept
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -634,6 +638,7 @@ def separable_attention_bwd_rows_kernel(
     form_batch,
     rows,
     padded_rows,
+    statistics_rows,
     outer,
     columns,
     strips,
@@ -672,9 +677,9 @@ def separable_attention_bwd_rows_kernel(
     states += (batch * groups * parts + slot) * (C + 3) * padded + row
     outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
     column_sums += (batch * parts + part) * columns * padded + row
-    statistics += batch * 4 * padded + row
-    reference, factor = tl.load(statistics), tl.load(statistics + padded)
-    delta, total = tl.load(statistics + 2 * padded), tl.load(statistics + 3 * padded)
+    statistics += batch * 4 * statistics_rows + row
+    reference, factor = tl.load(statistics), tl.load(statistics + statistics_rows)
+    delta, total = tl.load(statistics + 2 * statistics_rows), tl.load(statistics + 3 * statistics_rows)
     a = load_channels(form, LOG2E, stride, live, C, FEW)
     d_acc = load_channels(upstream, factor, stride, live, C, FEW)
     constant = total if DROPOUT else -delta
@@ -1014,48 +1019,51 @@ def _packed(geometry: Geometry, x: Tensor, r: Tensor | None, mask: Tensor | None
     return packed
 
 
-@dataclass(frozen=True)
 class Partials:
-    """What programs leave for the merge kernel; sums that they add to start at zero."""
+    """What programs leave for the merge kernel, in one array; it starts at zero, for programs add to their sums."""
 
-    states: Tensor
-    outer_sums: Tensor
-    column_sums: Tensor
+    def __init__(self, geometry: Geometry, split: Split, choice: Tiles, device: torch.device) -> None:
+        self.geometry, self.split, self.choice = geometry, split, choice
+        self.padded_rows = triton.cdiv(geometry.rows, choice.rows) * choice.rows
+        self.outer_slots = split.slots if geometry.axes > 2 else split.groups
+        of_rows = geometry.batch * self.padded_rows
+        self.outer_sums = of_rows * split.slots * (geometry.channels + 3)
+        self.column_sums = self.outer_sums + of_rows * self.outer_slots * geometry.outer_table
+        self.array = torch.zeros(self.column_sums + of_rows * split.parts * geometry.columns, device=device)
 
-    @classmethod
-    def of(cls, geometry: Geometry, split: Split, rows: int, device: torch.device) -> Partials:
-        padded = triton.cdiv(geometry.rows, rows) * rows
-        zeros = lambda *shape: torch.zeros(geometry.batch, *shape, padded, device=device)  # noqa: E731
-        return cls(
-            zeros(split.slots, geometry.channels + 3),
-            zeros(split.slots if geometry.axes > 2 else split.groups, geometry.outer_table),
-            torch.empty(geometry.batch, split.parts, geometry.columns, padded, device=device),
-        )
+    def arguments(self) -> dict[str, Tensor]:
+        """As the kernels that leave them name them."""
+        return {
+            "states": self.array,
+            "outer_sums": self.array[self.outer_sums :],
+            "column_sums": self.array[self.column_sums :],
+        }
 
-    def merge(self, geometry: Geometry, split: Split, columns: int, result: Tensor, *softmax: Tensor) -> None:
+    def merge(self, result: Tensor, *softmax: Tensor) -> None:
         """Into result, with lse and total where these are states of a softmax."""
-        rows, entries = 32, 8
-        forward = bool(softmax)
-        blocks = triton.cdiv(geometry.rows, rows) * triton.cdiv(result.shape[1], entries)
-        separable_attention_merge_kernel[(blocks * result.shape[0],)](
-            self.states,
-            self.outer_sums,
-            self.column_sums,
+        geometry = self.geometry
+        rows, entries = 32, 16
+        programs = triton.cdiv(geometry.rows, rows) * triton.cdiv(result.shape[1], entries) * result.shape[0]
+        separable_attention_merge_kernel[(programs,)](
+            self.array,
             result,
             *(softmax or (None, None)),
             geometry.rows,
-            self.states.shape[-1],
+            self.padded_rows,
             geometry.columns,
             geometry.outer_table,
+            self.outer_slots,
+            self.outer_sums,
+            self.column_sums,
+            **self.split.arguments(),
             batches=geometry.batch // result.shape[0],
-            **split.arguments(),
             C=geometry.channels,
             AXES=geometry.axes,
-            FORWARD=forward,
+            FORWARD=bool(softmax),
             ENTRIES=entries,
             ROWS=rows,
-            COLUMNS=columns,
-            SLOTS=min(tiles.next_power_of_2(split.slots), 64),
+            COLUMNS=self.choice.columns,
+            SLOTS=min(tiles.next_power_of_2(self.split.slots), 8),
             num_warps=4,
             num_stages=1,
             **runtime.LAUNCH_OPTIONS,
@@ -1095,23 +1103,21 @@ def separable_attention_fwd(
     def run(choice: Tiles) -> None:
         split = Split.of(geometry, choice)
         packed = _packed(geometry, x, r, mask, choice.columns)
-        partials = Partials.of(geometry, split, choice.rows, device)
+        partials = Partials(geometry, split, choice, device)
         programs = triton.cdiv(geometry.rows, choice.rows) * split.slots * geometry.batch
         separable_attention_fwd_kernel[(programs,)](
             form,
             packed.tokens,
             packed.extents,
-            partials.states,
-            partials.outer_sums,
-            partials.column_sums,
             form_batch=0 if form.shape[0] == 1 else form.stride(0),
             rows=geometry.rows,
-            padded_rows=partials.states.shape[-1],
+            padded_rows=partials.padded_rows,
             strips=split.strips,
             extent_blocks=packed.extents.shape[1],
             outer_table=geometry.outer_table,
             **geometry.sizes(),
             **split.arguments(),
+            **partials.arguments(),
             **_dropout(dropout_p, seed),
             ROWS=choice.rows,
             COLUMNS=choice.columns,
@@ -1120,7 +1126,7 @@ def separable_attention_fwd(
             num_stages=choice.stages,
             **_options(geometry, r, mask, dropout_p),
         )
-        partials.merge(geometry, split, choice.columns, sums, lse, total)
+        partials.merge(sums, lse, total)
 
     default, *others = _candidates(geometry, FORWARD_TILES, device)
     run(tiles.choose("separable_attention_fwd_kernel", _problem(geometry, r, mask, dropout_p), default, others, run))
@@ -1207,23 +1213,22 @@ def _rows_gradients(
     def run(choice: Tiles) -> None:
         split = Split.of(geometry, choice)
         packed = _packed(geometry, x, r, mask, choice.columns)
-        partials = Partials.of(geometry, split, 128, x.device)
+        partials = Partials(geometry, split, choice, x.device)
         programs = triton.cdiv(geometry.rows, choice.rows) * split.slots * geometry.batch
         separable_attention_bwd_rows_kernel[(programs,)](
             form,
             d_sums,
             statistics,
             packed.tokens,
-            partials.states,
-            partials.outer_sums,
-            partials.column_sums,
             form_batch=0 if form.shape[0] == 1 else form.stride(0),
             rows=geometry.rows,
-            padded_rows=statistics.shape[-1],
+            padded_rows=partials.padded_rows,
+            statistics_rows=statistics.shape[-1],
             strips=split.strips,
             outer_table=geometry.outer_table,
             **geometry.sizes(),
             **split.arguments(),
+            **partials.arguments(),
             **_dropout(dropout_p, seed),
             ROWS=choice.rows,
             COLUMNS=choice.columns,
@@ -1231,7 +1236,7 @@ def _rows_gradients(
             num_stages=choice.stages,
             **_options(geometry, r, mask, dropout_p),
         )
-        partials.merge(geometry, split, choice.columns, d_form)
+        partials.merge(d_form)
 
     default, *others = _candidates(geometry, BACKWARD_TILES, x.device)
     problem = _problem(geometry, r, mask, dropout_p)
