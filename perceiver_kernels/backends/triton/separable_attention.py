@@ -35,7 +35,7 @@ LAZY_MARGIN = tl.constexpr(60.0)
 CHANNELS_IN_REGISTERS = 4
 PACKED_TILE_ROWS = 64  # per program of the pack kernel; the tokens' extents are known for so many at a time
 WARPS_PER_MULTIPROCESSOR = 8
-LEAST_TILE_ROWS = 16  # of a program, so that partial sums stay few
+LEAST_TILE_ROWS = 8  # of a program, so that partial sums stay few
 
 
 # --- pieces of the kernels -------------------------------------------------------------------------------------------
