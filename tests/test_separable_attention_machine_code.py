@@ -10,10 +10,10 @@ from machine_code import Build, Figures, figures
 pytest.importorskip("triton")
 
 INTEGERS = (
-    *("form_batch", "rows", "padded_rows", "statistics_rows", "outer", "columns", "strips", "outer_table", "size_1"),
+    *("form_batch", "rows", "padded_rows", "outer", "columns", "strips", "outer_table", "size_1"),
     *("parts", "part_size", "groups", "group_size"),
 )
-DIVISIBLE = ("form_batch", "rows", "padded_rows", "statistics_rows")
+DIVISIBLE = ("form_batch", "rows", "padded_rows")
 
 
 def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any) -> Figures:
@@ -30,6 +30,7 @@ def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any
         constants["TILE_ROWS"] = 64
     else:
         pointers += ["upstream", "statistics"]
+        signature["statistics_rows"] = "i32"
     constants |= changes
     further = {f"size_{axis}": axis < constants["AXES"] for axis in (2, 3)}
     signature |= {name: "i32" for name, exists in further.items() if exists}
