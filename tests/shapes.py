@@ -125,3 +125,27 @@ LATENT_SHAPES_INTERPRETED = [
 
 def latent_shapes(backend: str) -> list[LatentShape]:
     return LATENT_SHAPES_INTERPRETED if interpreted(backend) else LATENT_SHAPES
+
+
+# The same structure in the interpreter, where a tile row of tokens takes milliseconds.
+SEPARABLE_SHAPES_INTERPRETED = [
+    SeparableShape(1, 1, 1, 1, (1,)),
+    SeparableShape(2, 1, 5, 3, (4, 6)),
+    SeparableShape(2, 2, 15, 3, (2, 3, 3)),
+    SeparableShape(1, 1, 16, 2, (2, 1, 2, 3)),
+    SeparableShape(2, 1, 2, 1, (9, 1)),
+    SeparableShape(1, 1, 17, 4, (1, 33)),
+    SeparableShape(1, 1, 70, 3, (19,)),
+    SeparableShape(1, 1, 130, 3, (3, 9)),
+    SeparableShape(2, 2, 9, 5, (4, 9)),
+    SeparableShape(1, 1, 3, 24, (2, 5)),
+    SeparableShape(1, 1, 4, 3, (17, 20)),  # split over both axes, states merged
+    SeparableShape(1, 1, 2, 3, (270,)),  # the same along a single axis
+    SeparableShape(0, 1, 3, 2, (2, 3)),
+    SeparableShape(2, 1, 3, 2, (2, 0)),
+    SeparableShape(2, 1, 0, 2, (2, 3)),
+]
+
+
+def separable_shapes(backend: str) -> list[SeparableShape]:
+    return SEPARABLE_SHAPES_INTERPRETED if interpreted(backend) else SEPARABLE_SHAPES

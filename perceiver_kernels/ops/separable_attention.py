@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_attention as reference
+from perceiver_kernels.backends.triton import runtime
 
 OP = "separable_attention"
 MAX_AXES = 4
@@ -21,6 +23,27 @@ MAX_TOKENS = 2**34  # the counter of the dropout generator
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
+
+def _triton() -> ModuleType:
+    from perceiver_kernels.backends.triton import separable_attention
+
+    return separable_attention
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.uint8),
+        axes=(1, MAX_AXES),
+        channels=(1, MAX_CHANNELS),
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
