@@ -22,9 +22,6 @@ from perceiver_kernels.backends.triton.tiles import Tiles
 LOG2_E = math.log2(math.e)
 MAX_PARTS = 1024
 
-# Channels of a program's accumulators, beyond which they are shared out over programs that repeat the scores.
-MAX_WIDTH = {torch.float32: 256, torch.bfloat16: 512, torch.float16: 512}
-
 
 # --- what kernels of dense attention share ---------------------------------------------------------------------------
 
@@ -111,6 +108,12 @@ def part_of(size, step):
 
 
 @triton.jit
+def first_channel(CHANNELS: tl.constexpr, SHARE: tl.constexpr):
+    """Where the share of channels begins of a program along axis 2; known to the compiler where there is but one."""
+    return 0 if SHARE >= CHANNELS else tl.program_id(2) * SHARE
+
+
+@triton.jit
 def at_rows(base, batch, head, row, stride_batch, stride_head, stride_row):
     return base + batch * stride_batch + head * stride_head + row * stride_row
 
@@ -165,7 +168,7 @@ def cross_attention_fwd_kernel(
     """
     batch, head, query, query_inside = program(queries, heads, ROWS)
     q_rows = at_rows(q, batch, head, query, q_batch, q_head, q_row)
-    channel = tl.program_id(2) * (WIDTH + TAIL)
+    channel = first_channel(HEAD_DIM_V, WIDTH + TAIL)
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -221,7 +224,7 @@ def cross_attention_bwd_rows_kernel(
     q_rows = at_rows(q, batch, head, query, q_batch, q_head, q_row)
     d_rows = at_rows(d_out, batch, head, query, d_batch, d_head, d_row)
     out_rows = at_rows(out, batch, head, query, out_batch, out_head, out_row)
-    channel = tl.program_id(2) * (WIDTH + TAIL)
+    channel = first_channel(HEAD_DIM, WIDTH + TAIL)
     at = (batch * heads + head) * queries + query
     reference = reference_points(lse, at, query_inside)
     d = tl.zeros((ROWS,), tl.float32)
@@ -273,7 +276,7 @@ def cross_attention_bwd_tokens_kernel(
     attend = attended(mask, batch, key, keys, mask_batch, mask_row)
     k_rows = at_rows(k, batch, head, key, k_batch, k_head, k_row)
     v_rows = at_rows(v, batch, head, key, v_batch, v_head, v_row)
-    channel, channel_v = tl.program_id(2) * (WIDTH + TAIL), tl.program_id(2) * (WIDTH_V + TAIL_V)
+    channel, channel_v = first_channel(HEAD_DIM, WIDTH + TAIL), first_channel(HEAD_DIM_V, WIDTH_V + TAIL_V)
     k_acc = tl.zeros((ROWS, WIDTH), tl.float32)
     v_acc = tl.zeros((ROWS, WIDTH_V), tl.float32)
     if TAIL:
@@ -343,18 +346,43 @@ def share(channels: int, most: int) -> Share:
     return Share(count, 2 * width, 0) if tail == width else Share(count, width, tail)
 
 
-def choose_tiles(rows: int, length: int, programs: int, channels: int, like: Tensor) -> Tiles:
+@dataclass(frozen=True)
+class Limits:
+    """What a program can hold in registers.
+
+    Attributes:
+        rows, columns: of a tile of scores.
+        chunk: channels of one product of scores.
+        channels: of the accumulator; more are shared out over programs that repeat the scores.
+        two_channels: of each, where there are two accumulators.
+    """
+
+    rows: int
+    columns: int
+    chunk: int
+    channels: int
+    two_channels: int
+
+
+def limits(*inputs: Tensor) -> Limits:
+    """float32 multiplies without tensor cores; rows that are not aligned are loaded element by element."""
+    aligned = all(t.stride(-1) == 1 and all(s % 16 == 0 for s in t.stride()[:-1]) for t in inputs)
+    if inputs[0].dtype == torch.float32:
+        return Limits(32, 32, 32, 256, 128) if aligned else Limits(32, 16, 32, 256, 96)
+    return Limits(64, 32, 64, 512, 256) if aligned else Limits(64, 16, 32, 512, 128)
+
+
+def choose_tiles(rows: int, length: int, programs: int, channels: int, most: Limits, device: torch.device) -> Tiles:
     """By shape: a block of rows that steps along a dimension of some length, split so that a GPU is filled twice.
 
     Args:
         programs: how many there are for each block of rows.
         channels: of a program's accumulators.
     """
-    block = min(tiles.next_power_of_2(rows, 16), 32 if like.dtype == torch.float32 else 64)
-    columns = 32
-    wanted = -(-2 * tiles.multiprocessors(like.device) // (programs * -(-rows // block)))
-    parts = max(1, min(wanted, length // (2 * columns), MAX_PARTS))
-    return Tiles(block, columns, 8 if channels >= 256 else 4, 2, parts)
+    block = min(tiles.next_power_of_2(rows, 16), most.rows)
+    wanted = -(-2 * tiles.multiprocessors(device) // (programs * -(-rows // block)))
+    parts = max(1, min(wanted, length // (2 * most.columns), MAX_PARTS))
+    return Tiles(block, most.columns, 8 if channels >= 256 else 4, 2, parts)
 
 
 def candidates(default: Tiles) -> list[Tiles]:
@@ -387,13 +415,13 @@ def summed(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return (partial[0] if partial.shape[0] == 1 else partial.sum(0)).to(dtype).transpose(1, 2)
 
 
-def _options(q: Tensor, v: Tensor, dropout_p: float) -> dict[str, Any]:
+def _options(q: Tensor, v: Tensor, dropout_p: float, most: Limits) -> dict[str, Any]:
     return {
         "HEAD_DIM": q.shape[3],
         "HEAD_DIM_V": v.shape[3],
         "DROPOUT": dropout_p > 0,
         "PRECISION": runtime.input_precision(q.dtype),
-        "CHUNK": min(tiles.next_power_of_2(max(q.shape[3], v.shape[3]), 16), 32 if q.dtype == torch.float32 else 64),
+        "CHUNK": min(tiles.next_power_of_2(max(q.shape[3], v.shape[3]), 16), most.chunk),
         **runtime.LAUNCH_OPTIONS,
     }
 
@@ -419,7 +447,8 @@ def cross_attention_fwd(
     out = _results(q, 1, queries, head_dim_v)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     mask, *mask_strides = mask_arguments(mask)
-    channels = share(head_dim_v, MAX_WIDTH[q.dtype])
+    most = limits(q, k, v)
+    channels = share(head_dim_v, most.channels)
 
     def run(sizes: Tiles) -> None:
         partial, peaks, totals = out, None, None
@@ -432,13 +461,14 @@ def cross_attention_fwd(
             heads, queries, keys, step_of(keys, sizes), lse.numel(), scale * LOG2_E,
             seed, threshold(dropout_p), 1 / (1 - dropout_p),
             SPLIT=sizes.parts > 1, ROWS=sizes.rows, COLUMNS=sizes.columns, WIDTH=channels.width, TAIL=channels.tail,
-            num_warps=sizes.warps, num_stages=sizes.stages, **_options(q, v, dropout_p),
+            num_warps=sizes.warps, num_stages=sizes.stages, **_options(q, v, dropout_p, most),
         )  # fmt: skip
         if peaks is not None:
             merge(partial, peaks, totals, out, lse, queries, heads)
 
     if lse.numel():
-        default = choose_tiles(queries, keys, batch * heads * channels.count, channels.width + channels.tail, q)
+        width = channels.width + channels.tail
+        default = choose_tiles(queries, keys, batch * heads * channels.count, width, most, q.device)
         run(tiles.choose("cross_attention_fwd_kernel", _problem(q, v), default, candidates(default), run))
     return summed(out, q.dtype), lse
 
@@ -464,8 +494,8 @@ def cross_attention_bwd(
     mask, *mask_strides = mask_arguments(mask)
     strides = (*q.stride(), *k.stride(), *v.stride())
     numbers = (scale * LOG2_E, scale, seed, threshold(dropout_p), 1 / (1 - dropout_p))
-    options, problem = _options(q, v, dropout_p), _problem(q, v)
-    most = MAX_WIDTH[q.dtype]
+    most = limits(q, k, v, out, d_out)
+    options, problem = _options(q, v, dropout_p, most), _problem(q, v)
 
     def run_rows(sizes: Tiles) -> Tensor:
         d_q = _results(q, sizes.parts, queries, head_dim)
@@ -478,8 +508,9 @@ def cross_attention_bwd(
         )  # fmt: skip
         return summed(d_q, q.dtype)
 
-    channels = share(head_dim, most)
-    default = choose_tiles(queries, keys, batch * heads * channels.count, channels.width + channels.tail, q)
+    channels = share(head_dim, most.channels)
+    width = channels.width + channels.tail
+    default = choose_tiles(queries, keys, batch * heads * channels.count, width, most, q.device)
     d_q = run_rows(tiles.choose("cross_attention_bwd_rows_kernel", problem, default, candidates(default), run_rows))
 
     def run_tokens(sizes: Tiles) -> tuple[Tensor, Tensor]:
@@ -494,11 +525,10 @@ def cross_attention_bwd(
         )  # fmt: skip
         return summed(d_k, q.dtype), summed(d_v, q.dtype)
 
-    # Two accumulators: the programs of an axis take their shares of both, of half the width.
-    count = -(-max(head_dim, head_dim_v) // (most // 2))
+    count = -(-max(head_dim, head_dim_v) // most.two_channels)
     of_k, of_v = (share(channels, -(-channels // count)) for channels in (head_dim, head_dim_v))
     width = of_k.width + of_k.tail + of_v.width + of_v.tail
-    default = choose_tiles(keys, queries, batch * heads * count, width, q)
+    default = choose_tiles(keys, queries, batch * heads * count, width, most, q.device)
     d_k, d_v = run_tokens(
         tiles.choose("cross_attention_bwd_tokens_kernel", problem, default, candidates(default), run_tokens)
     )
