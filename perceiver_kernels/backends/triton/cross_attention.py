@@ -382,7 +382,7 @@ def choose_tiles(rows: int, length: int, programs: int, channels: int, most: Lim
     block = min(tiles.next_power_of_2(rows, 16), most.rows)
     wanted = -(-2 * tiles.multiprocessors(device) // (programs * -(-rows // block)))
     parts = max(1, min(wanted, length // (2 * most.columns), MAX_PARTS))
-    return Tiles(block, most.columns, 8 if channels >= 256 else 4, 2, parts)
+    return Tiles(block, most.columns, 8 if channels > 128 else 4, 2, parts)
 
 
 def candidates(default: Tiles) -> list[Tiles]:
