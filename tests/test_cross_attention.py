@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -270,8 +271,7 @@ def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> 
 
 @pytest.mark.parametrize(
     "shape",
-    [LatentShape(0, 2, 3, 4, 5, 6), LatentShape(2, 0, 3, 4, 5, 6), LatentShape(2, 2, 0, 4, 5, 6)]
-    + [LatentShape(2, 2, 3, 0, 5, 6)],
+    [LatentShape(*sizes, 5, 6) for sizes in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0))],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -378,8 +378,8 @@ def build(kernel: str, dtype: str, head_dim: int, arch: int = 90) -> Build:
 
     rows = {"fp32": torch.float32, "bf16": torch.bfloat16}
     most = launcher.limits(torch.empty(1, 1, 2, head_dim, dtype=rows[dtype]))
-    pointers = {name: f"*{dtype}" for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")}
-    pointers |= {name: "*fp32" for name in ("lse", "peaks", "totals", "delta")}
+    pointers = dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
+    pointers |= dict.fromkeys(("lse", "peaks", "totals", "delta"), "*fp32")
     tensors = ["q", "k", "v", "out", "d"]
     strides = {f"{name}_{axis}": "i32" for name in tensors for axis in ("batch", "head", "row")}
     signature = pointers | strides | INDEX | NUMBERS | {"d_scale": "fp32", "mask_batch": "i32", "mask_row": "i32"}
@@ -401,8 +401,6 @@ def build(kernel: str, dtype: str, head_dim: int, arch: int = 90) -> Build:
 
 def trimmed(build: Build) -> Build:
     """Without what the kernel does not take."""
-    import dataclasses
-
     from perceiver_kernels.backends.triton import cross_attention as launcher
 
     names = set(getattr(launcher, build.kernel.partition(":")[2]).arg_names)
@@ -416,7 +414,7 @@ def trimmed(build: Build) -> Build:
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "arch"),
-    [("bf16", 64, 80), ("bf16", 64, 90), ("bf16", 261, 90), ("bf16", 1024, 90), ("fp32", 128, 90), ("fp32", 261, 90)],
+    [("bf16", 64, 80), ("bf16", 261, 90), ("bf16", 1024, 90), ("fp32", 261, 90)],
 )
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_rows", "bwd_tokens"])
 def test_registers_do_not_spill(kernel: str, dtype: str, head_dim: int, arch: int) -> None:

@@ -166,7 +166,7 @@ def _check_positions(positions: Tensor, bands: FourierBands, a: Tensor, x: Tenso
     if positions.dtype not in (torch.float32, torch.bfloat16, torch.float16, a.dtype):
         raise ValueError(f"positions has dtype {positions.dtype}, must be float32, bfloat16, float16 or {a.dtype}")
     if torch.is_grad_enabled() and positions.requires_grad:
-        raise ValueError("positions require a gradient, must not: absorbed_attention gives them none; encode them first")
+        raise ValueError("positions require a gradient, must not: there is none; encode them with fourier_encode")
     if x is not None and positions.shape[0] not in (1, x.shape[0]):
         raise ValueError(f"positions has batch {positions.shape[0]}, must be 1 or {x.shape[0]} as x has")
     if x is not None and positions.shape[1] != x.shape[1]:
@@ -257,7 +257,8 @@ def _bwd(
 def _fwd_fake(
     a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, (_, rows, channels) = _batch(a, x, positions, mask), a.shape
+    batch = _batch(a, x, positions, mask)
+    _, rows, channels = a.shape
     return (
         a.new_empty(batch, rows, channels),
         a.new_empty(batch, rows, dtype=torch.float64),

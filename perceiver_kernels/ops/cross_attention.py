@@ -115,9 +115,7 @@ def _call(q: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> dispat
     )
 
 
-def explain(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
-) -> str:
+def explain(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any) -> str:
     """Which backend would run this call of cross_attention, and the others' reasons why not."""
     return dispatch.describe(_call(q, v, mask, dropout_p))
 

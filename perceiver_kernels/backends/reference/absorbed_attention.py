@@ -21,7 +21,7 @@ def _tokens(
     parts = [] if x is None else [x.to(dtype)]
     if positions is not None:
         encoded = point_features(positions.double().flatten(0, 1), *features)
-        encoded = encoded.to(dtype).view(*positions.shape[:2], -1)
+        encoded = encoded.to(dtype).unflatten(0, positions.shape[:2])
         parts.append(encoded if x is None else encoded.expand(x.shape[0], -1, -1))
     z = torch.cat(parts, 2)
     return z if mask is None else z.masked_fill(~mask[..., None], 0.0)

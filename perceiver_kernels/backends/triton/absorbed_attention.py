@@ -228,7 +228,7 @@ def absorbed_attention_fwd_kernel(
         data, tail, sine, cosine = load_tokens(
             x, positions, frequencies, batch, token, attend, x_batch, x_row, x_channel, p_batch, p_row, p_axis,
             CHANNELS, AXES, WAVES, BANDS, WIDTH, TAIL, WAVE_WIDTH)  # fmt: skip
-        _, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
+        _mean, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
         s = over_tokens(a_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
         s = tl.where(attend[None, :], s * (r * LOG2_E)[None, :], -float("inf"))
         p, shrink, peak, total = softmax_step(s, peak, total)
@@ -286,7 +286,7 @@ def absorbed_attention_bwd_rows_kernel(
         data, tail, sine, cosine = load_tokens(
             x, positions, frequencies, batch, token, attend, x_batch, x_row, x_channel, p_batch, p_row, p_axis,
             CHANNELS, AXES, WAVES, BANDS, WIDTH, TAIL, WAVE_WIDTH)  # fmt: skip
-        _, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
+        _mean, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
         s = over_tokens(a_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
         p = tl.exp2(s * (r * LOG2_E)[None, :] - point[:, None]) * factor[:, None]
         u = over_tokens(d_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
@@ -295,7 +295,8 @@ def absorbed_attention_bwd_rows_kernel(
             d_p *= keep_scales(seed, batch, row[:, None], token[None, :], threshold, keep_scale)
         d_s = tl.where(attend[None, :], p * (d_p - d[:, None]) * r[None, :], 0.0)
         acc, acc_tail, acc_sine, acc_cosine = add_weighted(
-            d_s, data, tail, sine, cosine, acc, acc_tail, acc_sine, acc_cosine, TAIL, WAVES, COSINES, PRECISION)
+            d_s, data, tail, sine, cosine, acc, acc_tail, acc_sine, acc_cosine, TAIL, WAVES, COSINES, PRECISION
+        )
 
     results = at_results(d_a, batch, 0, row, rows, 1, size, FORM)
     store_sums(results, inside, acc, acc_tail, acc_sine, acc_cosine, DATA, WAVES, COSINES)
@@ -474,7 +475,7 @@ def absorbed_attention_fwd(
             SPLIT=sizes.parts > 1, ROWS=sizes.rows, COLUMNS=sizes.columns,
             num_warps=sizes.warps, num_stages=sizes.stages, **context.options,
         )  # fmt: skip
-        if peaks is not None:
+        if peaks is not None and totals is not None:
             merge(partial, peaks, totals, sums, lse, rows, 1)
 
     if lse.numel():

@@ -219,7 +219,7 @@ def cross_attention_bwd_rows_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """d_q of a block of queries from a part of the keys: sum over m of dS[i, m] k_m; and delta, for the keys' kernel."""
+    """d_q of a block of queries from a part of the keys, sum over m of dS[i, m] k_m; delta for the keys' kernel."""
     batch, head, query, query_inside = program(queries, heads, ROWS)
     q_rows = at_rows(q, batch, head, query, q_batch, q_head, q_row)
     d_rows = at_rows(d_out, batch, head, query, d_batch, d_head, d_row)
@@ -463,7 +463,7 @@ def cross_attention_fwd(
             SPLIT=sizes.parts > 1, ROWS=sizes.rows, COLUMNS=sizes.columns, WIDTH=channels.width, TAIL=channels.tail,
             num_warps=sizes.warps, num_stages=sizes.stages, **_options(q, v, dropout_p, most),
         )  # fmt: skip
-        if peaks is not None:
+        if peaks is not None and totals is not None:
             merge(partial, peaks, totals, out, lse, queries, heads)
 
     if lse.numel():
