@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import Build, figures
 from numerics import assert_no_worse
 from shapes import available_backends, declared, device_of
 from torch import Tensor
@@ -417,3 +418,75 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         absorbed_attention(**{**inputs, **changes})  # type: ignore[arg-type]
+
+
+# --- machine code ---------------------------------------------------------------------------------------------------
+
+POINTERS = [
+    "a",
+    "x",
+    "positions",
+    "frequencies",
+    "sums",
+    "lse",
+    "peaks",
+    "totals",
+    "d_acc",
+    "reference",
+    "correction",
+    "delta",
+    "d_total",
+    "d_a",
+    "d_x",
+]  # fmt: skip
+INDICES = [
+    "a_batch",
+    "x_batch",
+    "x_row",
+    "p_batch",
+    "p_row",
+    "p_axis",
+    "mask_batch",
+    "mask_row",
+    "rows",
+    "tokens",
+    "step",
+    "size",
+]
+
+
+def build(kernel: str, channels: int, axes: int, num_bands: int) -> Build:
+    """A kernel as the launcher compiles it for many rows and float32 tokens with LayerNorm."""
+    from perceiver_kernels.backends.triton import absorbed_attention as launcher
+
+    waves = axes * num_bands
+    data = launcher.share(channels + axes, 1 << 30)
+    wave_width = launcher.tiles.next_power_of_2(waves, 16)
+    width = data.width + data.tail + 2 * wave_width
+    most = launcher.limits(0 if kernel == "bwd_tokens" else width)
+    sizes = launcher.choose_tiles(1024, 0, 1, width, most, torch.device("cpu"))
+    signature = {**dict.fromkeys(POINTERS, "*fp32"), **dict.fromkeys(INDICES, "i32")}
+    signature |= {"lse": "*fp64", "eps": "fp32", "seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
+    constants = {
+        "mask": None, "x_channel": 1, "CHANNELS": channels, "AXES": axes, "WAVES": waves, "COSINES": waves,
+        "BANDS": num_bands, "SPLIT": True, "DROPOUT": False, "PRECISION": "ieee", "ROWS": sizes.rows,
+        "COLUMNS": sizes.columns, "WIDTH": data.width, "TAIL": data.tail, "WAVE_WIDTH": wave_width,
+    }  # fmt: skip
+    name = f"absorbed_attention_{kernel}_kernel"
+    taken = set(getattr(launcher, name).arg_names)
+    return Build(
+        f"absorbed_attention:{name}",
+        {argument: kind for argument, kind in signature.items() if argument in taken},
+        {argument: value for argument, value in constants.items() if argument in taken},
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_bands"), [("fwd", 6), ("fwd", 64), ("bwd_rows", 6), ("bwd_tokens", 6), ("bwd_tokens", 64)]
+)
+def test_registers_do_not_spill(kernel: str, num_bands: int) -> None:
+    found = figures(build(kernel, 3, 2, num_bands))
+    assert found.spills == 0
+    assert found.shared <= 160 * 1024

@@ -257,8 +257,7 @@ def _bwd(
 def _fwd_fake(
     a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch = _batch(a, x, positions, mask)
-    _, rows, channels = a.shape
+    batch, rows, channels = _batch(a, x, positions, mask), a.shape[1], a.shape[2]
     return (
         a.new_empty(batch, rows, channels),
         a.new_empty(batch, rows, dtype=torch.float64),

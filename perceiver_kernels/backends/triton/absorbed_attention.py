@@ -357,8 +357,15 @@ def absorbed_attention_bwd_tokens_kernel(
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-# Everything is float32, without tensor cores unless TensorFloat-32 is allowed.
-LIMITS = Limits(rows=32, columns=32, chunk=0, channels=0, two_channels=0)
+
+def limits(columns: int) -> Limits:
+    """Tiles of 32 rows; everything is float32, without tensor cores unless TensorFloat-32 is allowed."""
+    return Limits(rows=32, columns=columns, chunk=0, channels=0, two_channels=0)
+
+
+def columns_of(kernel: str, width: int) -> int:
+    """Of a kernel's tiles for tokens of some width: what registers can hold beside two forms, or one wide one."""
+    return 16 if kernel == "bwd_rows" or (kernel == "fwd" and width > 128) else 32
 
 
 @lru_cache(maxsize=64)
@@ -479,7 +486,8 @@ def absorbed_attention_fwd(
             merge(partial, peaks, totals, sums, lse, rows, 1)
 
     if lse.numel():
-        default = choose_tiles(rows, context.tokens, batch, context.width, LIMITS, a.device)
+        most = limits(columns_of("fwd", context.width))
+        default = choose_tiles(rows, context.tokens, batch, context.width, most, a.device)
         problem = context.problem()
         run(tiles.choose("absorbed_attention_fwd_kernel", problem, default, candidates(default), run))
     acc, total = sums[0, :, :, 0].split([context.channels, 1], 2)
@@ -531,13 +539,15 @@ def absorbed_attention_bwd(
     if needs_a:
         d_a = torch.zeros_like(a)
         if d_acc.numel() and tokens:
-            default = choose_tiles(rows, tokens, batch, context.width, LIMITS, a.device)
+            most = limits(columns_of("bwd_rows", context.width))
+            default = choose_tiles(rows, tokens, batch, context.width, most, a.device)
             chosen = tiles.choose("absorbed_attention_bwd_rows_kernel", problem, default, candidates(default), run_rows)
             d_a = context.restored(run_rows(chosen))
     if needs_x and x is not None:
         d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if d_x.numel():
-            default = choose_tiles(tokens, 0, batch, context.width, LIMITS, a.device)
+            most = limits(columns_of("bwd_tokens", context.width))
+            default = choose_tiles(tokens, 0, batch, context.width, most, a.device)
             name = "absorbed_attention_bwd_tokens_kernel"
             d_x = run_tokens(tiles.choose(name, problem, default, candidates(default), run_tokens))
     return d_a, d_x
