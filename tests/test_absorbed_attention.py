@@ -422,37 +422,10 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 
 # --- machine code ---------------------------------------------------------------------------------------------------
 
-POINTERS = [
-    "a",
-    "x",
-    "positions",
-    "frequencies",
-    "sums",
-    "lse",
-    "peaks",
-    "totals",
-    "d_acc",
-    "reference",
-    "correction",
-    "delta",
-    "d_total",
-    "d_a",
-    "d_x",
-]  # fmt: skip
-INDICES = [
-    "a_batch",
-    "x_batch",
-    "x_row",
-    "p_batch",
-    "p_row",
-    "p_axis",
-    "mask_batch",
-    "mask_row",
-    "rows",
-    "tokens",
-    "step",
-    "size",
-]
+TABLES = ["a", "x", "positions", "frequencies", "sums", "peaks", "totals"]
+TABLES += ["d_acc", "reference", "correction", "delta", "d_total", "d_a", "d_x"]
+INDICES = ["a_batch", "x_batch", "x_row", "p_batch", "p_row", "p_axis", "mask_batch", "mask_row"]
+INDICES += ["rows", "tokens", "step", "size"]
 
 
 def build(kernel: str, channels: int, axes: int, num_bands: int) -> Build:
@@ -463,9 +436,9 @@ def build(kernel: str, channels: int, axes: int, num_bands: int) -> Build:
     data = launcher.share(channels + axes, 1 << 30)
     wave_width = launcher.tiles.next_power_of_2(waves, 16)
     width = data.width + data.tail + 2 * wave_width
-    most = launcher.limits(0 if kernel == "bwd_tokens" else width)
+    most = launcher.limits(launcher.columns_of(kernel, width))
     sizes = launcher.choose_tiles(1024, 0, 1, width, most, torch.device("cpu"))
-    signature = {**dict.fromkeys(POINTERS, "*fp32"), **dict.fromkeys(INDICES, "i32")}
+    signature = {**dict.fromkeys(TABLES, "*fp32"), **dict.fromkeys(INDICES, "i32")}
     signature |= {"lse": "*fp64", "eps": "fp32", "seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
     constants = {
         "mask": None, "x_channel": 1, "CHANNELS": channels, "AXES": axes, "WAVES": waves, "COSINES": waves,
