@@ -149,3 +149,17 @@ SEPARABLE_SHAPES_INTERPRETED = [
 
 def separable_shapes(backend: str) -> list[SeparableShape]:
     return SEPARABLE_SHAPES_INTERPRETED if interpreted(backend) else SEPARABLE_SHAPES
+
+
+# Few queries and many keys, or the reverse, of any head_dim; the interpreter takes seconds for larger ones.
+CROSS_SHAPES = [
+    LatentShape(1, 1, 1, 1, 1, 1),
+    LatentShape(2, 3, 5, 17, 8, 5),
+    LatentShape(1, 2, 15, 16, 17, 24),
+    LatentShape(2, 1, 17, 129, 33, 40),
+    LatentShape(1, 1, 127, 15, 5, 17),
+    LatentShape(1, 1, 3, 700, 16, 16),  # split over keys
+    LatentShape(1, 1, 500, 2, 16, 9),  # split over queries
+    LatentShape(1, 1, 16, 33, 261, 322),
+    LatentShape(1, 1, 17, 31, 704, 1024),
+]
