@@ -18,7 +18,7 @@ from perceiver_kernels.backends.triton import runtime
 OP = "separable_query_attention"
 MAX_AXES = 4
 MAX_CHANNELS = 128
-MAX_ROWS = 2**32  # the counter of the dropout generator
+MAX_ROWS = 2**31  # counted in 32 bits
 TRITON_MAX_HEAD_DIM = 1024
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -70,8 +70,9 @@ def separable_query_attention(
 ) -> Tensor:
     """Softmax attention of many queries on a grid, whose scores are sums of one term per grid axis and data channels.
 
-    s[o, n] = r[o] * (x[o] . k[n] + sum_j tables[j][n, o_j]) + h[n],  p = softmax over n of s,  out[o] = sum_n p[o, n] v[n]
-    for queries o = (o_1, ..., o_A) and keys n. The queries themselves never exist, and no (queries, keys) array does.
+    s[o, n] = r[o] * (x[o] . k[n] + sum_j tables[j][n, o_j]) + h[n],  p = softmax over n of s,
+    out[o] = sum_n p[o, n] v[n], for queries o = (o_1, ..., o_A) and keys n. No queries are ever stored, and no array of
+    (queries, keys) or (queries, channels of an encoding).
 
     Args:
         tables: per grid axis, 1 to 4 of them, (batch or 1, heads, N, S_j), float32 or float64: this is the dtype of the
@@ -81,8 +82,8 @@ def separable_query_attention(
         k: (batch or 1, heads, N, c), in the tables' dtype and with their batch: the keys' part of x's channels.
         x: (batch or 1, S_1, ..., S_A, c) or (batch or 1, M, c) with M = S_1 * ... * S_A, in the tables' dtype: data
             channels of the queries, 0 to 128; given with k or not at all.
-        r: (batch or 1, S_1, ..., S_A) or (batch or 1, M), in the tables' dtype: a factor per query, such as LayerNorm's;
-            None means 1.
+        r: (batch or 1, S_1, ..., S_A) or (batch or 1, M), in the tables' dtype: a factor per query, such as
+            LayerNorm's; None means 1.
         mask: bool (batch, N), True = attend. A query with nothing to attend to gets zeros and zero gradients.
         dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones are divided by 1 - dropout_p.
         seed: of the dropout, from 0 to 2^63 - 1; by default drawn from torch's generator.
@@ -211,17 +212,15 @@ def _flat(name: str, tensor: Tensor, batch: int, grid: tuple[int, ...], trailing
     raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
 
 
-def _call(form: Tensor, v: Tensor, mask: Tensor | None, grid: Sequence[int], dropout_p: float) -> dispatch.Call:
-    return dispatch.Call(
-        OP, form.device.type, form.dtype, v.dtype, len(grid), v.shape[3], mask is not None, dropout_p > 0
-    )
+def _call(form: Tensor, v: Tensor, mask: Tensor | None, axes: int, dropout_p: float) -> dispatch.Call:
+    return dispatch.Call(OP, form.device.type, form.dtype, v.dtype, axes, v.shape[3], mask is not None, dropout_p > 0)
 
 
 def explain(
     tables: Sequence[Tensor], v: Tensor, *, mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
 ) -> str:
     """Which backend would run this call of separable_query_attention, and the others' reasons why not."""
-    return dispatch.describe(_call(tables[0], v, mask, tables, dropout_p))
+    return dispatch.describe(_call(tables[0], v, mask, len(tables), dropout_p))
 
 
 library = torch.library.Library("perceiver_kernels", "FRAGMENT")
@@ -248,7 +247,7 @@ def _fwd(
     grid: Sequence[int],
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    backend = dispatch.select(_call(form, v, mask, grid, dropout_p)).load()
+    backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
     seed = 0 if random is None else int(random)
     return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed)
 
@@ -268,11 +267,9 @@ def _bwd(
     d_out: Tensor,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    backend = dispatch.select(_call(form, v, mask, grid, dropout_p)).load()
+    backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
     seed = 0 if random is None else int(random)
-    return backend.separable_query_attention_bwd(
-        form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs
-    )
+    return backend.separable_query_attention_bwd(form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs)
 
 
 def _fwd_fake(
@@ -295,7 +292,7 @@ def _bwd_fake(
 ) -> tuple[Tensor, ...]:
     needs_form, needs_v, *needs = rest[-5:]
     d_form = form.new_empty(form.shape if needs_form else 0)
-    d_v = native.rows_first(v, v.shape[2], v.shape[3]) if needs_v else v.new_empty(0)
+    d_v = v.new_empty(v.shape if needs_v else 0)
     others = (
         form.new_empty(tensor.shape if need and tensor is not None else 0)
         for tensor, need in zip((h, x, r), needs, strict=True)
@@ -335,6 +332,4 @@ torch.library.register_fake("perceiver_kernels::separable_query_attention_bwd", 
 torch.library.register_autograd(
     "perceiver_kernels::separable_query_attention_fwd", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd(
-    "perceiver_kernels::separable_query_attention_bwd", _no_second_derivatives, lib=library
-)
+torch.library.register_autograd("perceiver_kernels::separable_query_attention_bwd", _no_second_derivatives, lib=library)

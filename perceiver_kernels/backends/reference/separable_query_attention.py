@@ -37,7 +37,7 @@ def _left_out(tensor: Tensor, mask: Tensor | None, dim: int) -> Tensor:
 def _weights(
     form: Tensor, h: Tensor | None, x: Tensor | None, r: Tensor | None, mask: Tensor | None, grid: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The form over queries, r as (.., 1, M, 1), the scores' log-sum-exp and their softmax (batch or 1, heads, M, N)."""
+    """The form over queries, r as (.., 1, M, 1), the scores' log-sum-exp, and their softmax (.., heads, M, N)."""
     form = _over_queries(_left_out(form, mask, 3), x, grid)
     factor = form.new_ones(1, 1, 1, 1) if r is None else r[:, None, :, None]
     scores = factor * form
@@ -104,18 +104,16 @@ def separable_query_attention_bwd(
     if needs_form:
         on_grid = d_over_queries.unflatten(2, tuple(grid))
         axes = range(len(grid))
-        marginals = [
-            on_grid.sum([2 + d for d in axes if d != k]) if len(grid) > 1 else on_grid for k in axes
-        ]
+        marginals = [on_grid.sum([2 + d for d in axes if d != k]) if len(grid) > 1 else on_grid for k in axes]
         channels = [] if x is None else [x[:, None].transpose(2, 3) @ d_over_queries]
         d_form = _summed(torch.cat((*channels, *marginals), 2), form.shape[0])
     if needs_v:
-        d_v = rows_first(_left_out((p * keep).transpose(2, 3) @ d_out, mask, 2).to(v.dtype))
+        d_v = _left_out((p * keep).transpose(2, 3) @ d_out, mask, 2).to(v.dtype)
     if needs_h and h is not None:
         d_h = _summed(d_scores.sum(2), h.shape[0])
     if needs_x and x is not None:
-        channels = _left_out(form, mask, 3)[:, :, : x.shape[2]]
-        d_x = _summed((d_over_queries @ channels.transpose(2, 3)).sum(1), x.shape[0])
+        k = _left_out(form, mask, 3)[:, :, : x.shape[2]]
+        d_x = _summed((d_over_queries @ k.transpose(2, 3)).sum(1), x.shape[0])
     if needs_r and r is not None:
         # A score of -inf weighs nothing, whatever it is multiplied with.
         d_r = _summed(torch.where(p == 0, 0.0, d_scores * over_queries).sum((1, 3)), r.shape[0])
