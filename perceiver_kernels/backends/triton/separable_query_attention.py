@@ -99,29 +99,38 @@ def over_queries(
 
 
 @triton.jit
-def add_to_outer(
-    d_form, gradient, outer, column_entry, keys, exists, N, size_1, size_2, size_3, AXES: tl.constexpr
+def add_gradients(
+    d_form, d_u, x, outer, column_entry, inside, keys, exists, N, x_channel, size_1, size_2, size_3,
+    AXES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the outer tables' gradients at one position, which nobody but this program adds to."""
+    """Adds a (keys, queries) tile at one outer position to the gradients of k and of the outer tables, which nobody but
+    this program adds to."""
     sizes = (size_1, size_2, size_3)
+    if x is not None:
+        for channel in range(CHANNELS):
+            data = tl.load(x + channel * x_channel, mask=inside, other=0.0)
+            at = d_form + channel * N + keys
+            tl.store(at, tl.load(at, mask=exists, other=0.0) + tl.sum(d_u * data, 1), mask=exists)
+    total = tl.sum(d_u, 1)
     entry = column_entry.to(tl.int64)
     for axis in tl.static_range(AXES - 1):
         entry -= sizes[axis]
         at = d_form + (entry + outer % sizes[axis]) * N + keys
-        tl.store(at, tl.load(at, mask=exists, other=0.0) + gradient, mask=exists)
+        tl.store(at, tl.load(at, mask=exists, other=0.0) + total, mask=exists)
         outer = outer // sizes[axis]
-    tl.debug_barrier()  # the next outer position may add to the same, by other threads
+    if AXES > 2 or CHANNELS > 0:
+        tl.debug_barrier()  # the next outer position adds to some of them again, perhaps by other threads
 
 
 @triton.jit
 def product(
     left, left_channel, left_exists, right, right_channel, right_exists, size,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left @ right^T over all channels, chunk by chunk; both are a pointer per row, (rows, 1)."""
+    """left @ right^T over all channels, chunk by chunk unless one is the whole; both are pointers to rows."""
     total = tl.zeros([left.shape[0], right.shape[0]], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        channel = (chunk * CHUNK + tl.arange(0, CHUNK))[None, :].to(tl.int64)
+    for start in range(0, CHUNK if WHOLE else size, CHUNK):
+        channel = (start + tl.arange(0, CHUNK))[None, :].to(tl.int64)
         a = tl.load(left + channel * left_channel, mask=left_exists & (channel < size), other=0.0)
         b = tl.load(right + channel * right_channel, mask=right_exists & (channel < size), other=0.0)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
@@ -186,9 +195,9 @@ def separable_query_attention_fwd_kernel(
     acc /= total[:, None]
     out += ((batch * queries + query[:, None]) * heads + head) * head_dim + channel[None, :]
     tl.store(out, acc.to(out.dtype.element_ty), mask=inside[:, None] & (channel < head_dim)[None, :])
-    if tl.program_id(1) == 0:
-        lse += (batch * heads + head) * queries + query
-        tl.store(lse, tl.where(empty, float("-inf"), largest + tl.log2(total)) / LOG2E, mask=inside)
+    # Every chunk of channels has the same to say.
+    lse += (batch * heads + head) * queries + query
+    tl.store(lse, tl.where(empty, float("-inf"), largest + tl.log2(total)) / LOG2E, mask=inside)
 
 
 @triton.jit
@@ -227,7 +236,7 @@ def separable_query_attention_bwd_queries_kernel(
     form_batch, h_batch, x_batch, x_query, x_channel, r_batch, seed, threshold, keep_scale,
     d_out_batch, d_out_head, d_out_query, d_out_channel, batches,
     AXES: tl.constexpr, CHANNELS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DATA: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, DATA: tl.constexpr,
     DATA_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_x and d_r, where they are not None, of a tile of queries: sums over keys, heads, and the `batches` entries of
@@ -265,7 +274,7 @@ def separable_query_attention_bwd_queries_kernel(
             p = exp2(s - reference[:, None], COMPILED)
             d_p = product(
                 gradient, d_out_channel, inside[:, None],
-                value + keys[:, None].to(tl.int64) * head_dim, 1, attends[:, None], head_dim, CHUNK, CHUNKS, PRECISION,
+                value + keys[:, None].to(tl.int64) * head_dim, 1, attends[:, None], head_dim, CHUNK, WHOLE, PRECISION,
             )  # fmt: skip
             if DROPOUT:
                 d_p *= keep_scales(seed, batch, row[:, None], keys[None, :], threshold, keep_scale)
@@ -296,8 +305,7 @@ def separable_query_attention_bwd_keys_kernel(
     form_batch, h_batch, x_batch, x_query, x_channel, r_batch, seed, threshold, keep_scale,
     d_out_batch, d_out_head, d_out_query, d_out_channel, column_parts, outer_parts,
     AXES: tl.constexpr, CHANNELS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DATA: tl.constexpr,
-    DATA_PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys in one head, where they are not None, from a part of the queries: some of the outer
     positions, and every column_parts-th tile of columns.
@@ -314,7 +322,6 @@ def separable_query_attention_bwd_keys_kernel(
     keys = tile * KEYS + tl.arange(0, KEYS)
     exists = keys < N
     channel = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
-    data = tl.arange(0, DATA)
 
     form += batch * form_batch + head * entries * N
     h = None if h is None else h + batch * h_batch + head * N
@@ -331,7 +338,6 @@ def separable_query_attention_bwd_keys_kernel(
     attends = attending(mask, keys, N)
     bias = key_bias(h, keys, attends)
     d_values = tl.zeros([KEYS, CHUNK], tl.float32)
-    d_data = tl.zeros([KEYS, DATA], tl.float32)
     d_bias = tl.zeros([KEYS], tl.float32)
     share = tl.cdiv(outers, outer_parts)
     for column_tile in range(column_part, tl.cdiv(columns, QUERIES), column_parts):
@@ -364,20 +370,18 @@ def separable_query_attention_bwd_keys_kernel(
                 d_values = tl.dot(weight.to(upstream.dtype), upstream, d_values, input_precision=PRECISION)
             if d_table is not None:
                 d_p = product(
-                    v, 1, attends[:, None], gradient, d_out_channel, inside[:, None], head_dim, CHUNK, CHUNKS, PRECISION
+                    v, 1, attends[:, None], gradient, d_out_channel, inside[:, None], head_dim, CHUNK, WHOLE, PRECISION
                 )
                 d_s = p * ((d_p * keep if DROPOUT else d_p) - delta_row[None, :])
                 d_u = factor[None, :] * d_s
                 d_column += d_u
                 d_bias += tl.sum(d_s, 1)
-                add_to_outer(
-                    d_entries, tl.sum(d_u, 1), outer, column_entry, keys, attends, N, size_1, size_2, size_3, AXES
-                )
-                if CHANNELS > 0:
-                    at = x + query[:, None] * x_query + data[None, :] * x_channel
-                    channels = tl.load(at, mask=inside[:, None] & (data < CHANNELS)[None, :], other=0.0)
-                    d_data = tl.dot(d_u, channels, d_data, input_precision=DATA_PRECISION)
+                add_gradients(
+                    d_entries, d_u, datum, outer, column_entry, inside[None, :], keys, attends, N, x_channel,
+                    size_1, size_2, size_3, AXES, CHANNELS,
+                )  # fmt: skip
         if d_table is not None:
+            tl.debug_barrier()  # the next columns add to the same outer tables
             d_column = tl.where(attends[:, None], d_column, 0.0)
             tl.store(
                 d_table + column[None, :].to(tl.int64) * N + keys[:, None],
@@ -390,9 +394,6 @@ def separable_query_attention_bwd_keys_kernel(
         d_v += (slot * N + keys[:, None]) * head_dim + channel[None, :]
         tl.store(d_v, d_values.to(d_v.dtype.element_ty), mask=exists[:, None] & (channel < head_dim)[None, :])
     if d_table is not None:
-        if CHANNELS > 0:
-            at = d_entries + data[None, :] * N + keys[:, None]
-            tl.store(at, tl.where(attends[:, None], d_data, 0.0), mask=exists[:, None] & (data < CHANNELS)[None, :])
         tl.store(d_h + slot * N + keys, tl.where(attends, d_bias, 0.0), mask=exists)
 
 
@@ -449,14 +450,51 @@ def _batch_step(tensor: Tensor, step: int) -> int:
     return 0 if tensor.shape[0] == 1 else step
 
 
-def _chunk(head_dim: int, most: int) -> int:
-    return min(tiles.next_power_of_2(head_dim, 16), most)
+def _chunk(v: Tensor, most: int) -> int:
+    """How many channels of the values a product takes at once; without tensor cores, few."""
+    return min(tiles.next_power_of_2(v.shape[3], 16), 64 if v.dtype == torch.float32 else most)
 
 
-def _tiles(grid: Sequence[int], v: Tensor) -> Tiles:
-    """Tiles of queries (rows) and keys (columns); a line of the grid shorter than a tile leaves its rest idle."""
-    queries, keys = (min(tiles.next_power_of_2(size, 16), 64) for size in (grid[-1], v.shape[2]))
-    return Tiles(queries, keys, warps=4 if v.shape[3] <= 64 else 8)
+def _clipped(queries: int, keys: int, warps: int, grid: Sequence[int], v: Tensor) -> Tiles:
+    """Tiles of queries (rows) and keys (columns), no larger than the last axis and N ask for."""
+    rows, columns = tiles.next_power_of_2(grid[-1], 16), tiles.next_power_of_2(v.shape[2], 16)
+    return Tiles(min(queries, rows), min(keys, columns), warps)
+
+
+def _fwd_tiles(grid: Sequence[int], v: Tensor, chunk: int, dropout: bool) -> Tiles:
+    if v.dtype == torch.float32:
+        return _clipped(32, 32, 4, grid, v)
+    return _clipped(32 if dropout else 64, 64, 4 if chunk <= 64 else 8, grid, v)
+
+
+def _bwd_queries_tiles(grid: Sequence[int], v: Tensor, data: bool, dropout: bool) -> Tiles:
+    if v.dtype == torch.float32 or data:
+        return _clipped(32, 32, 8, grid, v)
+    return _clipped(32 if dropout or v.shape[3] > 64 else 64, 64, 4, grid, v)
+
+
+def _bwd_keys_tiles(grid: Sequence[int], v: Tensor, values: bool, dropout: bool) -> Tiles:
+    if v.dtype == torch.float32:
+        return _clipped(32, 32, 4, grid, v)
+    return _clipped(64 if values and not dropout else 32, 64, 4, grid, v)
+
+
+def _launch(kernel: Any, programs: tuple[int, ...], choice: Tiles, arguments: dict[str, Any]) -> None:
+    kernel[programs](
+        **arguments,
+        QUERIES=choice.rows,
+        KEYS=choice.columns,
+        num_warps=choice.warps,
+        num_stages=choice.stages,
+        **runtime.LAUNCH_OPTIONS,
+    )
+
+
+def _problem(arguments: dict[str, Any], v: Tensor, grid: Sequence[int]) -> tuple[Any, ...]:
+    """What the best tiles depend on."""
+    sizes = (tiles.next_power_of_2(size) for size in (*v.shape[:3], math.prod(grid[:-1]), grid[-1]))
+    flags = (arguments[name] is not None for name in ("h", "r", "mask"))
+    return *sizes, v.shape[3], v.dtype, len(grid), arguments["CHANNELS"], arguments["DROPOUT"], *flags
 
 
 def separable_query_attention_fwd(
@@ -472,21 +510,22 @@ def separable_query_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (batch, heads, M, head_dim_v) in v's dtype, lse (batch, heads, M)."""
     batch, heads, _, head_dim = v.shape
-    queries, outers = math.prod(grid), math.prod(grid[:-1])
-    out = v.new_empty(batch, queries, heads, head_dim)
-    lse = form.new_empty(batch, heads, queries)
+    out = v.new_empty(batch, math.prod(grid), heads, head_dim)
+    lse = form.new_empty(batch, heads, math.prod(grid))
+    chunk = _chunk(v, 256)
     arguments = _arguments(form, v, h, x, r, mask, grid, dropout_p, seed)
-    chunk = _chunk(head_dim, 256)
+    arguments |= {"out": out, "lse": lse, "CHUNK": chunk}
 
     def run(choice: Tiles) -> None:
-        programs = batch * heads * outers * triton.cdiv(grid[-1], choice.rows)
-        separable_query_attention_fwd_kernel[programs, triton.cdiv(head_dim, chunk)](
-            **arguments, out=out, lse=lse, QUERIES=choice.rows, KEYS=choice.columns, CHUNK=chunk,
-            num_warps=choice.warps, num_stages=choice.stages, **runtime.LAUNCH_OPTIONS,
-        )  # fmt: skip
+        lines = batch * heads * math.prod(grid[:-1])
+        programs = lines * triton.cdiv(grid[-1], choice.rows), triton.cdiv(head_dim, chunk)
+        _launch(separable_query_attention_fwd_kernel, programs, choice, arguments)
 
     if out.numel():
-        run(_tiles(grid, v))
+        default = _fwd_tiles(grid, v, chunk, dropout_p > 0)
+        candidates = [_clipped(128, 64, 8, grid, v), _clipped(32, 64, 4, grid, v)]
+        problem = _problem(arguments, v, grid)
+        run(tiles.choose("separable_query_attention_fwd_kernel", problem, default, candidates, run))
     return out.transpose(1, 2), lse
 
 
@@ -506,21 +545,14 @@ def separable_query_attention_bwd(
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> Gradients:
     """Gradients of the form, v, h, x and r, empty where not needed."""
+    needs_form, needs_v, needs_h, needs_x, needs_r = needs
     arguments = _arguments(form, v, h, x, r, mask, grid, dropout_p, seed)
     names = ("d_out_batch", "d_out_head", "d_out_query", "d_out_channel")
     gradient = {"d_out": d_out, **dict(zip(names, d_out.stride(), strict=True))}
     arguments |= {**gradient, "lse": lse, "delta": _delta(out, gradient)}
-    arguments |= {
-        "CHUNK": (chunk := _chunk(v.shape[3], 128)),
-        "CHUNKS": triton.cdiv(v.shape[3], chunk),
-        "DATA": tiles.next_power_of_2(arguments["CHANNELS"], 16),
-        "DATA_PRECISION": runtime.input_precision(torch.float32),
-    }
-    needs_form, needs_v, needs_h, needs_x, needs_r = needs
-    d_form, d_h, d_v = _bwd_keys(arguments, form, v, h, grid, needs_form or needs_h, needs_v)
-    # Where all entries of the batch have the same queries, a program adds them up.
-    groups = v.shape[0] if any(tensor is not None and tensor.shape[0] > 1 for tensor in (x, r)) else min(v.shape[0], 1)
-    d_x, d_r = _bwd_queries(arguments, form, v, x if needs_x else None, r if needs_r else None, grid, groups)
+    d_form, d_h = _bwd_keys(arguments, form, v, h, grid) if needs_form or needs_h else 2 * (form.new_empty(0),)
+    d_v = _bwd_values(arguments, v, grid) if needs_v else v.new_empty(0)
+    d_x, d_r = _bwd_queries(arguments, v, x, r, grid, needs_x, needs_r)
     return d_form, d_v, d_h, d_x, d_r
 
 
@@ -531,79 +563,88 @@ def _delta(out: Tensor, gradient: dict[str, Any]) -> Tensor:
     if delta.numel():
         separable_query_attention_bwd_delta_kernel[batch * heads * triton.cdiv(queries, block),](
             out.transpose(1, 2).contiguous(), delta=delta, queries=queries, heads=heads, head_dim=head_dim, **gradient,
-            QUERIES=block, CHUNK=_chunk(head_dim, 128), **runtime.LAUNCH_OPTIONS,
+            QUERIES=block, CHUNK=_chunk(out, 128), **runtime.LAUNCH_OPTIONS,
         )  # fmt: skip
     return delta
 
 
+def _parts(v: Tensor, grid: Sequence[int], choice: Tiles, chunks: int) -> tuple[int, int]:
+    """How many parts programs that own keys split the columns and the outer positions into, to fill the GPU."""
+    batch, heads, keys, _ = v.shape
+    programs = batch * heads * triton.cdiv(keys, choice.columns) * chunks
+    wanted = triton.cdiv(4 * tiles.multiprocessors(v.device), max(programs, 1))
+    column_parts = max(min(triton.cdiv(grid[-1], choice.rows), wanted), 1)
+    return column_parts, max(min(math.prod(grid[:-1]), triton.cdiv(wanted, column_parts)), 1)
+
+
 def _bwd_keys(
-    arguments: dict[str, Any],
-    form: Tensor,
-    v: Tensor,
-    h: Tensor | None,
-    grid: Sequence[int],
-    needs_scores: bool,
-    needs_v: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the form, h and v: parts of the queries write sums of their own, which are summed here."""
-    batch, heads, keys, head_dim = v.shape
-    outers, columns, column_entry = arguments["outers"], grid[-1], arguments["column_entry"]
-    choice = _tiles(grid, v)
-    key_tiles, column_tiles = triton.cdiv(keys, choice.columns), triton.cdiv(columns, choice.rows)
-    wanted = triton.cdiv(4 * tiles.multiprocessors(v.device), max(batch * heads * key_tiles, 1))
-    column_parts = max(min(column_tiles, wanted), 1)
-    outer_parts = max(min(outers, triton.cdiv(wanted, column_parts)), 1)
+    arguments: dict[str, Any], form: Tensor, v: Tensor, h: Tensor | None, grid: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the form and h. Parts of the queries have sums of their own, which are added up here."""
+    batch, heads, keys, _ = v.shape
+    chunk = _chunk(v, 128 if v.shape[3] <= 128 else 64)
+    choice = _bwd_keys_tiles(grid, v, False, arguments["DROPOUT"])
+    column_parts, outer_parts = _parts(v, grid, choice, 1)
     parts = column_parts * outer_parts
-    d_entries = form.new_zeros(batch, heads, parts, column_entry, keys) if needs_scores else None
-    d_table = form.new_empty(batch, heads, outer_parts, columns, keys) if needs_scores else None
-    d_h = form.new_empty(batch, heads, parts, keys) if needs_scores else None
+    d_entries = form.new_zeros(batch, heads, parts, arguments["column_entry"], keys)
+    d_table = form.new_empty(batch, heads, outer_parts, grid[-1], keys)
+    d_bias = form.new_empty(batch, heads, parts, keys)
+    results = {"d_entries": d_entries, "d_table": d_table, "d_h": d_bias, "d_v": None}
+    split = {"column_parts": column_parts, "outer_parts": outer_parts, "CHUNK": chunk, "WHOLE": chunk >= v.shape[3]}
+    programs = batch * heads * triton.cdiv(keys, choice.columns) * parts
+    if programs:
+        _launch(separable_query_attention_bwd_keys_kernel, (programs, 1), choice, arguments | results | split)
+    d_form = _summed(torch.cat((d_entries.sum(2), d_table.sum(2)), 2), form)
+    return d_form, form.new_empty(0) if h is None else _summed(d_bias.sum(2), h)
+
+
+def _bwd_values(arguments: dict[str, Any], v: Tensor, grid: Sequence[int]) -> Tensor:
+    """The gradient of v: apart from those of the scores, which need all channels at once and as many registers again,
+    and whose weights lie differently in them."""
+    batch, heads, keys, head_dim = v.shape
+    chunk = _chunk(v, 128)
+    chunks = triton.cdiv(head_dim, chunk)
+    choice = _bwd_keys_tiles(grid, v, True, arguments["DROPOUT"])
+    column_parts, outer_parts = _parts(v, grid, choice, chunks)
+    parts = column_parts * outer_parts
     d_v = v.new_empty(batch, heads, parts, keys, head_dim, dtype=v.dtype if parts == 1 else torch.float32)
-
-    def run(d_v: Tensor | None, d_table: Tensor | None, chunks: int) -> None:
-        separable_query_attention_bwd_keys_kernel[batch * heads * key_tiles * parts, chunks](
-            **arguments, d_entries=d_entries, d_table=d_table, d_v=d_v, d_h=d_h,
-            column_parts=column_parts, outer_parts=outer_parts, QUERIES=choice.rows, KEYS=choice.columns,
-            num_warps=choice.warps, num_stages=choice.stages, **runtime.LAUNCH_OPTIONS,
-        )  # fmt: skip
-
-    chunks = arguments["CHUNKS"]
-    if batch * heads * key_tiles == 0:
-        launches = []
-    elif chunks == 1:
-        launches = [(d_v if needs_v else None, d_table, 1)]
-    else:  # a program's d_v is of one chunk of channels, while scores need them all
-        launches = [(d_v if needs_v else None, None, chunks), (None, d_table, 1)]
-    for launch in launches:
-        if launch[:2] != (None, None):
-            run(*launch)
-    d_form = form.new_empty(0)
-    if d_entries is not None and d_table is not None:
-        d_form = _summed(torch.cat((d_entries.sum(2), d_table.sum(2)), 2), form)
-    d_bias = form.new_empty(0) if h is None or d_h is None else _summed(d_h.sum(2), h)
-    return d_form, d_bias, (d_v.sum(2) if parts > 1 else d_v[:, :, 0]).to(v.dtype)
+    results = {"d_entries": None, "d_table": None, "d_h": None, "d_v": d_v}
+    split = {"column_parts": column_parts, "outer_parts": outer_parts, "CHUNK": chunk, "WHOLE": chunks == 1}
+    programs = batch * heads * triton.cdiv(keys, choice.columns) * parts
+    if programs:
+        _launch(separable_query_attention_bwd_keys_kernel, (programs, chunks), choice, arguments | results | split)
+    return d_v.squeeze(2) if parts == 1 else d_v.sum(2).to(v.dtype)
 
 
 def _bwd_queries(
     arguments: dict[str, Any],
-    form: Tensor,
     v: Tensor,
     x: Tensor | None,
     r: Tensor | None,
     grid: Sequence[int],
-    groups: int,
+    needs_x: bool,
+    needs_r: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and r, empty where they are None, of each of the groups that the batch consists of."""
-    queries, outers = math.prod(grid), arguments["outers"]
-    d_x = None if x is None else form.new_empty(groups, queries, x.shape[2])
-    d_r = None if r is None else form.new_empty(groups, queries)
-    choice = _tiles(grid, v)
-    if (d_x is not None or d_r is not None) and groups * queries:
-        separable_query_attention_bwd_queries_kernel[groups * outers * triton.cdiv(grid[-1], choice.rows),](
-            **arguments, d_x=d_x if arguments["CHANNELS"] else None, d_r=d_r, batches=v.shape[0] // groups,
-            QUERIES=choice.rows, KEYS=choice.columns, num_warps=choice.warps, num_stages=choice.stages,
-            **runtime.LAUNCH_OPTIONS,
-        )  # fmt: skip
-    nothing = form.new_empty(0)
+    """Gradients of x and r. Where all entries of the batch have the same queries, a program adds them up."""
+    shared = all(tensor is None or tensor.shape[0] == 1 for tensor in (x, r))
+    groups = min(v.shape[0], 1) if shared else v.shape[0]
+    nothing, queries, channels = arguments["delta"].new_empty(0), math.prod(grid), arguments["CHANNELS"]
+    d_x = None if x is None or not needs_x else nothing.new_empty(groups, queries, channels)
+    d_r = None if r is None or not needs_r else nothing.new_empty(groups, queries)
+    chunk = _chunk(v, 128 if v.shape[3] <= 128 else 64)
+    choice = _bwd_queries_tiles(grid, v, channels > 0, arguments["DROPOUT"])
+    programs = groups * math.prod(grid[:-1]) * triton.cdiv(grid[-1], choice.rows)
+    if programs and (d_x is not None or d_r is not None):
+        arguments |= {
+            "d_x": d_x if channels else None,
+            "d_r": d_r,
+            "batches": v.shape[0] // groups,
+            "CHUNK": chunk,
+            "WHOLE": chunk >= v.shape[3],
+            "DATA": tiles.next_power_of_2(channels, 16),
+            "DATA_PRECISION": runtime.input_precision(torch.float32),
+        }
+        _launch(separable_query_attention_bwd_queries_kernel, (programs,), choice, arguments)
     return (
         nothing if x is None or d_x is None else _summed(d_x, x),
         nothing if r is None or d_r is None else _summed(d_r, r),
