@@ -422,7 +422,7 @@ WIDE, NARROW, SMALL_TILES = Tiles(64, 64), Tiles(32, 64), Tiles(32, 32)
         ("fwd", WIDE, 168, 15.5),
         ("bwd_queries", WIDE, 168, 18.5),
         ("bwd_keys", NARROW, 184, 28),
-        ("bwd_values", WIDE, 168, 12),
+        ("bwd_values", NARROW, 136, 15),
     ],
 )
 def test_compiles_for_gpus_with_16_bit_values(

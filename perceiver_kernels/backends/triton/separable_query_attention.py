@@ -473,10 +473,8 @@ def _bwd_queries_tiles(grid: Sequence[int], v: Tensor, data: bool, dropout: bool
     return _clipped(32 if dropout or v.shape[3] > 64 else 64, 64, 4, grid, v)
 
 
-def _bwd_keys_tiles(grid: Sequence[int], v: Tensor, values: bool, dropout: bool) -> Tiles:
-    if v.dtype == torch.float32:
-        return _clipped(32, 32, 4, grid, v)
-    return _clipped(64 if values and not dropout else 32, 64, 4, grid, v)
+def _bwd_keys_tiles(grid: Sequence[int], v: Tensor) -> Tiles:
+    return _clipped(32, 32 if v.dtype == torch.float32 else 64, 4, grid, v)
 
 
 def _launch(kernel: Any, programs: tuple[int, ...], choice: Tiles, arguments: dict[str, Any]) -> None:
@@ -583,7 +581,7 @@ def _bwd_keys(
     """Gradients of the form and h. Parts of the queries have sums of their own, which are added up here."""
     batch, heads, keys, _ = v.shape
     chunk = _chunk(v, 128 if v.shape[3] <= 128 else 64)
-    choice = _bwd_keys_tiles(grid, v, False, arguments["DROPOUT"])
+    choice = _bwd_keys_tiles(grid, v)
     column_parts, outer_parts = _parts(v, grid, choice, 1)
     parts = column_parts * outer_parts
     d_entries = form.new_zeros(batch, heads, parts, arguments["column_entry"], keys)
@@ -604,7 +602,7 @@ def _bwd_values(arguments: dict[str, Any], v: Tensor, grid: Sequence[int]) -> Te
     batch, heads, keys, head_dim = v.shape
     chunk = _chunk(v, 128)
     chunks = triton.cdiv(head_dim, chunk)
-    choice = _bwd_keys_tiles(grid, v, True, arguments["DROPOUT"])
+    choice = _bwd_keys_tiles(grid, v)
     column_parts, outer_parts = _parts(v, grid, choice, chunks)
     parts = column_parts * outer_parts
     d_v = v.new_empty(batch, heads, parts, keys, head_dim, dtype=v.dtype if parts == 1 else torch.float32)
