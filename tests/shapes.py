@@ -76,6 +76,45 @@ LATENT_SHAPES = [
 ]
 
 
+@dataclass(frozen=True)
+class QueryShape:
+    """One call of separable attention from queries on a grid; channels -1: without data."""
+
+    batch: int
+    table_batch: int
+    query_batch: int
+    heads: int
+    keys: int
+    channels: int
+    head_dim_v: int
+    grid: tuple[int, ...]
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.grid))
+        batches = f"B{self.batch}-T{self.table_batch}-Q{self.query_batch}"
+        return f"{batches}-H{self.heads}-N{self.keys}-c{self.channels}-Dv{self.head_dim_v}-{grid}"
+
+
+QUERY_SHAPES = [
+    QueryShape(1, 1, 1, 1, 1, -1, 1, (1,)),
+    QueryShape(2, 1, 2, 1, 5, 3, 7, (3, 2)),
+    QueryShape(2, 2, 1, 2, 17, -1, 16, (2, 15)),
+    QueryShape(1, 1, 1, 1, 33, 9, 33, (2, 17)),  # more channels than are unrolled
+    QueryShape(2, 1, 1, 1, 16, -1, 3, (2, 1, 3)),
+    QueryShape(1, 1, 1, 1, 3, 1, 5, (2, 2, 1, 2)),
+    QueryShape(1, 1, 1, 1, 129, -1, 4, (37,)),
+    QueryShape(1, 1, 1, 1, 20, -1, 135, (2, 3)),  # several chunks of the values' channels
+    QueryShape(1, 1, 1, 1, 18, -1, 4, (11, 2)),  # several outer positions in a part
+    QueryShape(1, 1, 1, 7, 4, -1, 4, (2, 36)),  # several tiles of columns in a part
+    QueryShape(0, 1, 1, 2, 4, 2, 4, (2, 3)),
+    QueryShape(2, 1, 2, 0, 4, -1, 4, (2, 3)),
+    QueryShape(2, 2, 1, 2, 0, 2, 4, (2, 3)),
+    QueryShape(2, 1, 2, 2, 4, 2, 4, (0, 3)),
+    QueryShape(2, 1, 2, 2, 4, -1, 4, (3, 0)),
+    QueryShape(1, 1, 1, 2, 4, 0, 4, (3, 2)),
+]
+
+
 def device_of(backend: str) -> str:
     """Where a backend's tests run: kernels for GPUs on one if there is one, else in the interpreter, on the CPU."""
     return "cuda" if backend in ("triton", "cuda") and not interpreting() else "cpu"

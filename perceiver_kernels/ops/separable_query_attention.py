@@ -1,0 +1,339 @@
+"""Separable attention the other way round: from queries on a grid to a few keys, as in a Perceiver IO's decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_kernels import dispatch
+from perceiver_kernels.backends import matrix_product, native
+from perceiver_kernels.backends.reference import separable_query_attention as reference
+from perceiver_kernels.backends.triton import runtime
+
+OP = "separable_query_attention"
+MAX_AXES = 4
+MAX_CHANNELS = 128
+MAX_ROWS = 2**31  # counted in 32 bits
+TRITON_MAX_HEAD_DIM = 1024
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _triton() -> ModuleType:
+    from perceiver_kernels.backends.triton import separable_query_attention
+
+    return separable_query_attention
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        axes=(1, MAX_AXES),
+        channels=(1, TRITON_MAX_HEAD_DIM),
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "reference",
+        load=lambda: reference,
+        devices=("any",),
+        compute_dtypes=COMPUTE_DTYPES,
+        data_dtypes=DATA_DTYPES,
+    )
+)
+
+
+def separable_query_attention(
+    tables: Sequence[Tensor],
+    v: Tensor,
+    *,
+    h: Tensor | None = None,
+    k: Tensor | None = None,
+    x: Tensor | None = None,
+    r: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Softmax attention of many queries on a grid, whose scores are sums of one term per grid axis and data channels.
+
+    s[o, n] = r[o] * (x[o] . k[n] + sum_j tables[j][n, o_j]) + h[n],  p = softmax over n of s,
+    out[o] = sum_n p[o, n] v[n], for queries o = (o_1, ..., o_A) and keys n. No queries are ever stored, and no array of
+    (queries, keys) or (queries, channels of an encoding).
+
+    Args:
+        tables: per grid axis, 1 to 4 of them, (batch or 1, heads, N, S_j), float32 or float64: this is the dtype of the
+            computation. Batch 1 is not expanded; nor is it in h, k, x and r.
+        v: (batch, heads, N, head_dim_v), any strides; in the tables' dtype, bfloat16 or float16.
+        h: (batch or 1, heads, N), in the tables' dtype: a term per key, such as the query projection's bias gives.
+        k: (batch or 1, heads, N, c), in the tables' dtype and with their batch: the keys' part of x's channels.
+        x: (batch or 1, S_1, ..., S_A, c) or (batch or 1, M, c) with M = S_1 * ... * S_A, in the tables' dtype: data
+            channels of the queries, 0 to 128; given with k or not at all.
+        r: (batch or 1, S_1, ..., S_A) or (batch or 1, M), in the tables' dtype: a factor per query, such as
+            LayerNorm's; None means 1.
+        mask: bool (batch, N), True = attend. A query with nothing to attend to gets zeros and zero gradients.
+        dropout_p: probability in [0, 1) of dropping an attention weight; the kept ones are divided by 1 - dropout_p.
+        seed: of the dropout, from 0 to 2^63 - 1; by default drawn from torch's generator.
+
+    Returns:
+        (batch, heads, M, head_dim_v), in v's dtype: a transposed view of (batch, M, heads, head_dim_v), which the next
+        projection reads without a copy. Under torch.autocast, v is cast as scaled_dot_product_attention casts its own.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message names the argument.
+        BackendError: a forced backend cannot run this call; the message lists every reason.
+
+    Memory: O(batch * heads * N * sum S_j) beyond the inputs, the result and one number per query and head. Backward is
+        deterministic and recomputes the weights.
+    Source: docs/separable_attention.md; Jaegle et al. 2022, arXiv:2107.14795; Dao 2023, arXiv:2307.08691.
+    """
+    tables = tuple(tables)
+    v = _autocast(v)
+    x, r = _checked(tables, v, h, k, x, r, mask, dropout_p, seed)
+    random = None
+    if dropout_p > 0:
+        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    form = torch.cat([part.transpose(2, 3) for part in (*(() if k is None else (k,)), *tables)], 2)
+    grid = [table.shape[3] for table in tables]
+    return torch.ops.perceiver_kernels.separable_query_attention_fwd(form, v, h, x, r, mask, random, grid, dropout_p)[0]
+
+
+def _autocast(v: Tensor) -> Tensor:
+    """The values in autocast's dtype, where it is on and they are of lower precision than float64."""
+    device = v.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or v.dtype == torch.float64:
+        return v
+    return v.to(torch.get_autocast_dtype(device)) if v.is_floating_point() else v
+
+
+def _checked(
+    tables: tuple[Tensor, ...],
+    v: Tensor,
+    h: Tensor | None,
+    k: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Validates the arguments; returns x and r with the queries in one dimension."""
+    if not 1 <= len(tables) <= MAX_AXES:
+        raise ValueError(f"tables has {len(tables)} entries, must have one per grid axis, 1 to {MAX_AXES}")
+    if v.dim() != 4:
+        raise ValueError(f"v has {v.dim()} dimensions, must have 4: (batch, heads, keys, head_dim_v)")
+    batch, heads, keys, head_dim_v = v.shape
+    if head_dim_v < 1:
+        raise ValueError("v has head_dim_v 0, must have at least 1")
+    dtype, device = tables[0].dtype, tables[0].device
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"tables[0] has dtype {dtype}, must be torch.float32 or torch.float64")
+    if v.dtype not in (dtype, torch.bfloat16, torch.float16):
+        raise ValueError(f"v has dtype {v.dtype}, must be bfloat16, float16 or {dtype} as tables[0] has")
+    for j, table in enumerate(tables):
+        _check_keys(f"tables[{j}]", table, batch, heads, keys, "positions")
+        _same_batch(f"tables[{j}]", table, tables[0])
+    grid = tuple(table.shape[3] for table in tables)
+    if heads * math.prod(grid) >= MAX_ROWS:
+        raise ValueError(
+            f"tables span {math.prod(grid)} queries in {heads} heads, must span fewer than {MAX_ROWS} together"
+        )
+    if (k is None) != (x is None):
+        raise ValueError(f"{'k' if k is None else 'x'} is None, must be given as {'x' if k is None else 'k'} is")
+    if k is not None and x is not None:
+        _check_keys("k", k, batch, heads, keys, "channels")
+        _same_batch("k", k, tables[0])
+        x = _flat("x", x, batch, grid, 1)
+        if x.shape[2] != k.shape[3]:
+            raise ValueError(f"x has {x.shape[2]} channels, must have {k.shape[3]} as k has")
+        if x.shape[2] > MAX_CHANNELS:
+            raise ValueError(f"x has {x.shape[2]} channels, must have 0 to {MAX_CHANNELS}")
+    if h is not None and (h.dim() != 3 or h.shape[0] not in (1, batch) or tuple(h.shape[1:]) != (heads, keys)):
+        raise ValueError(f"h has shape {tuple(h.shape)}, must be ({_batches(batch)}, {heads}, {keys}) for v")
+    if r is not None:
+        r = _flat("r", r, batch, grid, 0)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
+        if tuple(mask.shape) != (batch, keys):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, must be ({batch}, {keys}) for v")
+    named = [*((f"tables[{j}]", table) for j, table in enumerate(tables)), ("h", h), ("k", k), ("x", x), ("r", r)]
+    for name, tensor in named:
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype} as tables[0] has")
+    for name, tensor in (*named, ("v", v), ("mask", mask)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, must be on {device} as tables[0] is")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
+    return x, r
+
+
+def _batches(batch: int) -> str:
+    return "1" if batch == 1 else f"1 or {batch}"
+
+
+def _check_keys(name: str, tensor: Tensor, batch: int, heads: int, keys: int, last: str) -> None:
+    if tensor.dim() != 4 or tensor.shape[0] not in (1, batch) or tuple(tensor.shape[1:3]) != (heads, keys):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, must be ({_batches(batch)}, {heads}, {keys}, {last}) for v"
+        )
+
+
+def _same_batch(name: str, tensor: Tensor, table: Tensor) -> None:
+    if tensor.shape[0] != table.shape[0]:
+        raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {table.shape[0]} as tables[0] has")
+
+
+def _flat(name: str, tensor: Tensor, batch: int, grid: tuple[int, ...], trailing: int) -> Tensor:
+    """The tensor as (batch or 1, M, ...); queries may come with the grid's axes apart."""
+    queries = math.prod(grid)
+    sizes = tuple(tensor.shape[1 : tensor.dim() - trailing])
+    if tensor.dim() > 1 + trailing and tensor.shape[0] in (1, batch) and sizes in (grid, (queries,)):
+        return tensor.reshape(tensor.shape[0], queries, *tensor.shape[tensor.dim() - trailing :])
+    tail = ", channels" if trailing else ""
+    first = _batches(batch)
+    expected = f"({first}, {queries}{tail}) or ({first}, {', '.join(map(str, grid))}{tail})"
+    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
+
+
+def _call(form: Tensor, v: Tensor, mask: Tensor | None, axes: int, dropout_p: float) -> dispatch.Call:
+    return dispatch.Call(OP, form.device.type, form.dtype, v.dtype, axes, v.shape[3], mask is not None, dropout_p > 0)
+
+
+def explain(
+    tables: Sequence[Tensor], v: Tensor, *, mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
+) -> str:
+    """Which backend would run this call of separable_query_attention, and the others' reasons why not."""
+    return dispatch.describe(_call(tables[0], v, mask, len(tables), dropout_p))
+
+
+library = torch.library.Library("perceiver_kernels", "FRAGMENT")
+library.define(
+    "separable_query_attention_fwd(Tensor form, Tensor v, Tensor? h, Tensor? x, Tensor? r, Tensor? mask, "
+    "Tensor? random, SymInt[] grid, float dropout_p) -> (Tensor out, Tensor lse)"
+)
+library.define(
+    "separable_query_attention_bwd(Tensor form, Tensor v, Tensor? h, Tensor? x, Tensor? r, Tensor? mask, "
+    "Tensor? random, SymInt[] grid, float dropout_p, Tensor out, Tensor lse, Tensor d_out, "
+    "bool needs_form, bool needs_v, bool needs_h, bool needs_x, bool needs_r) "
+    "-> (Tensor d_form, Tensor d_v, Tensor d_h, Tensor d_x, Tensor d_r)"
+)
+
+
+def _fwd(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    grid: Sequence[int],
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
+    seed = 0 if random is None else int(random)
+    with matrix_product.without_autocast(form.device.type):
+        return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed)
+
+
+def _bwd(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    grid: Sequence[int],
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
+    seed = 0 if random is None else int(random)
+    with matrix_product.without_autocast(form.device.type):
+        return backend.separable_query_attention_bwd(
+            form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs
+        )
+
+
+def _fwd_fake(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    random: Tensor | None,
+    grid: Sequence[int],
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    queries = math.prod(grid)
+    return native.rows_first(v, queries, v.shape[3]), form.new_empty(*v.shape[:2], queries)
+
+
+def _bwd_fake(
+    form: Tensor, v: Tensor, h: Tensor | None, x: Tensor | None, r: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    needs_form, needs_v, *needs = rest[-5:]
+    d_form = form.new_empty(form.shape if needs_form else 0)
+    d_v = v.new_empty(v.shape if needs_v else 0)
+    others = (
+        form.new_empty(tensor.shape if need and tensor is not None else 0)
+        for tensor, need in zip((h, x, r), needs, strict=True)
+    )
+    return d_form, d_v, *others
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    form, v, h, x, r, mask, random, ctx.grid, ctx.dropout_p = inputs
+    ctx.save_for_backward(form, v, h, x, r, mask, random, *output)
+    ctx.needs = [tensor is not None and tensor.requires_grad for tensor in (form, v, h, x, r)]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if d_out is None:
+        return (None,) * 9
+    *inputs, out, lse = ctx.saved_tensors
+    results = torch.ops.perceiver_kernels.separable_query_attention_bwd(
+        *inputs, ctx.grid, ctx.dropout_p, out, lse, d_out, *ctx.needs
+    )
+    gradients = (result if needed else None for result, needed in zip(results, ctx.needs, strict=True))
+    return (*gradients, None, None, None, None)
+
+
+def _no_second_derivatives(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "separable_query_attention has no second derivatives; use the formula in plain PyTorch for those"
+    )
+
+
+library.impl("separable_query_attention_fwd", _fwd, "CompositeExplicitAutograd")
+library.impl("separable_query_attention_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("perceiver_kernels::separable_query_attention_fwd", _fwd_fake, lib=library)
+torch.library.register_fake("perceiver_kernels::separable_query_attention_bwd", _bwd_fake, lib=library)
+torch.library.register_autograd(
+    "perceiver_kernels::separable_query_attention_fwd", _backward, setup_context=_setup_context, lib=library
+)
+torch.library.register_autograd("perceiver_kernels::separable_query_attention_bwd", _no_second_derivatives, lib=library)
