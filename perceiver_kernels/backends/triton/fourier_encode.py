@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -234,7 +234,7 @@ def fourier_encode_points(
     launch(tiles.choose("fourier_encode_points", problem, default, candidates, launch))
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: CUDA graphs read it whenever they are replayed
 def _split_frequencies(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     """(2, frequencies) in float32: each as a number and what rounding it left over."""
     exact = torch.tensor(frequencies, dtype=torch.float64, device="cpu")
