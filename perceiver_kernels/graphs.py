@@ -69,7 +69,7 @@ def graphed(model: nn.Module, *sample: Any, **named_sample: Any) -> GraphedModel
             other values, which stay as they are here.
 
     Returns:
-        A callable for inputs of the sample's shapes and dtypes, without gradients. Autocast is as it is here.
+        A callable for inputs of the sample's shapes and dtypes, without gradients. Autocast and backend are as here.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -80,15 +80,16 @@ def graphed(model: nn.Module, *sample: Any, **named_sample: Any) -> GraphedModel
     for name, module in model.named_modules(prefix="model"):
         if module.training:
             raise ValueError(f"{name} is in training mode, must be in evaluation mode: call model.eval()")
-    tensors = {name: value for name, value in _flat("sample", sample, named_sample).items() if torch.is_tensor(value)}
+    places = _flat("sample", sample, named_sample)
+    tensors = {place: value for place, value in places.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"sample holds no tensor, must hold at least one on {CAPTURES_ON}")
     device = next(iter(tensors.values())).device
-    for name, tensor in tensors.items():
+    for place, tensor in tensors.items():
         if tensor.device.type != CAPTURES_ON:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {CAPTURES_ON}")
+            raise ValueError(f"{place} is on {tensor.device}, must be on {CAPTURES_ON}")
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {device} as the others are")
+            raise ValueError(f"{place} is on {tensor.device}, must be on {device} as the others are")
     return GraphedModel(model, sample, named_sample)
 
 

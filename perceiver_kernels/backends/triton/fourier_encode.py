@@ -51,18 +51,19 @@ def fourier_encode_grid_kernel(
 
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token, channel = element // CHANNELS, element % CHANNELS
-    at_3 = start + token
     group = tl.full((), GROUP, tl.int64)  # so are its products with strides
     # Pointers of sources, and their steps to the next group.
     source = data + _offset(batch, at_0, at_1, at_2, data_stride_b, data_stride_0, data_stride_1, data_stride_2)
-    source += at_3 * data_stride_3 + channel.to(tl.int64) * data_stride_c
-    step = tl.zeros_like(at_3) + group * data_stride_3
-    rows, tables = (at_0, at_1, at_2, at_3), (table_0, table_1, table_2, table_3)
+    source += start * data_stride_3 + token.to(tl.int64) * data_stride_3 + channel.to(tl.int64) * data_stride_c
+    step = tl.zeros((BLOCK,), tl.int64) + group * data_stride_3
+    rows, tables = (at_0, at_1, at_2, start), (table_0, table_1, table_2, table_3)
     first_channel, first_column = DATA_CHANNELS, 0
     for section in tl.static_range(len(SECTIONS)):
         for axis in tl.static_range(4 - AXES, 4):
-            feature = tables[axis] + rows[axis] * COLUMNS + first_column
-            source = tl.where(channel >= first_channel, feature + (channel - first_channel), source)
+            feature = tables[axis] + rows[axis] * COLUMNS + channel + (first_column - first_channel)
+            if axis == 3:
+                feature += token * COLUMNS
+            source = tl.where(channel >= first_channel, feature, source)
             step = tl.where(channel >= first_channel, GROUP * COLUMNS if axis == 3 else 0, step)
             first_channel += SECTIONS[section]
         first_column += SECTIONS[section]
@@ -128,8 +129,8 @@ def fourier_encode_grid(tables: Sequence[Tensor], sections: Sequence[int], data:
         )  # fmt: skip
 
     problem = (channels, sizes[-1], out.element_size(), packed)
-    default = Tiles(rows=8, columns=128 * vector)
-    launch(tiles.choose("fourier_encode_grid", problem, default, [Tiles(16, 128 * vector), Tiles(8, 512, 2)], launch))
+    default = Tiles(rows=16, columns=128 * vector)
+    launch(tiles.choose("fourier_encode_grid", problem, default, [Tiles(64, 128 * vector), Tiles(16, 512, 2)], launch))
 
 
 def _fullest_group(elements: int, block: int) -> int:
@@ -143,7 +144,7 @@ def _fullest_group(elements: int, block: int) -> int:
 
 @triton.jit
 def _sine_and_cosine_of_pi(x, high, low):
-    """sin(pi f x) and cos(pi f x), f = high + low, however large f x: it is reduced by half turns without rounding."""
+    """sin(pi f x) and cos(pi f x), f = high + low: f x, of up to 2^40, is reduced by half turns without rounding."""
     # fma instead of *: a product might fuse with the sums that follow, and would be another number in each.
     product = tl.fma(x, high, 0.0)
     rest = tl.fma(x, low, tl.fma(x, high, -1.0 * product))
