@@ -3,6 +3,7 @@
 from perceiver_kernels.dispatch import BackendError, use_backend
 from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
+from perceiver_kernels.graphs import graphed, warmup
 from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
@@ -21,7 +22,9 @@ __all__ = [
     "SeparableState",
     "explain",
     "fourier_encode",
+    "graphed",
     "latent_attention",
     "separable_attention",
     "use_backend",
+    "warmup",
 ]

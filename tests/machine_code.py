@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Figures:
         exponentials: MUFU.EX2 in that loop; one stands for a pair.
         shuffles: SHFL in that loop.
         tensor_core: HMMA, HGMMA and the like in the whole code.
+        operations: how often each operation occurs in the whole code.
     """
 
     registers: int
@@ -64,6 +66,7 @@ class Figures:
     exponentials: int
     shuffles: int
     tensor_core: int
+    operations: dict[str, int]
 
     @property
     def per_pair(self) -> float:
@@ -165,6 +168,7 @@ def measured(build: Build) -> Figures:
         exponentials=count(loop, "MUFU.EX2"),
         shuffles=count(loop, "SHFL"),
         tensor_core=count(operations, "HMMA") + count(operations, "HGMMA") + count(operations, "IMMA"),
+        operations=dict(Counter(operations)),
     )
 
 

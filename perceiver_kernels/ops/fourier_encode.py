@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,12 +15,33 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import fourier_encode as reference
+from perceiver_kernels.backends.triton import runtime
 
 OP = "fourier_encode"
 ORDERS = ("per_axis", "grouped")
 SPACINGS = ("linear", "log2")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
+def _triton() -> ModuleType:
+    from perceiver_kernels.backends.triton import fourier_encode
+
+    return fourier_encode
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=TRITON_DTYPES,
+        data_dtypes=TRITON_DTYPES,
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,12 +12,33 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_layer_norm as reference
+from perceiver_kernels.backends.triton import runtime
 
 OP = "separable_layer_norm"
 MAX_AXES = 4
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
+
+def _triton() -> ModuleType:
+    from perceiver_kernels.backends.triton import separable_layer_norm
+
+    return separable_layer_norm
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "triton",
+        load=_triton,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.uint8),
+        axes=(1, MAX_AXES),
+        unavailable=runtime.unavailable,
+        devices_if_forced=runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
