@@ -96,12 +96,10 @@ class LayerRun:
         self.layer, self.image, self.backward = layer.to(image.device), image, backward
         with seeded():
             layer.layer.load_state_dict(CrossAttention(case).to(image.dtype).state_dict())
-            latents, upstream = (
-                torch.randn(batch, case.num_latents, case.latent_dim).to(image.dtype) for batch in (1, case.batch)
-            )
-        dtype = next(layer.parameters()).dtype
-        self.latents = nn.Parameter(latents.to(image.device, dtype))
-        self.upstream = upstream.to(image.device)
+            latents = torch.randn(1, case.num_latents, case.latent_dim).to(image.dtype)
+            size = (case.batch if backward else 0, case.num_latents, case.latent_dim)
+            self.upstream = torch.randn(size, device=image.device).to(image.dtype)
+        self.latents = nn.Parameter(latents.to(image.device, next(layer.parameters()).dtype))
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
@@ -186,7 +184,7 @@ Run: TypeAlias = LayerRun | GraphedRun | PerceiverRun
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
     """The same random numbers for every provider, and the caller's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
 

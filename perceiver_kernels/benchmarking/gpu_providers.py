@@ -339,7 +339,7 @@ def graphed_model(module: nn.Module, data: Tensor) -> nn.Module:
 
 
 _PERCEIVER_PYTORCH = MODEL_PROVIDERS["perceiver-pytorch"]
-_PLAIN = dataclasses.replace(MODEL_PROVIDERS["plain"], tower=None)
+PLAIN = dataclasses.replace(MODEL_PROVIDERS["plain"], tower=None)
 _OFFICIAL = ModelProvider(
     "transformers",
     "as it is, but that positions are encoded once, not at every call on the CPU",
@@ -369,9 +369,9 @@ def _compiled_model(provider: ModelProvider) -> ModelProvider:
 def model_providers(model: Model, mode: str, *, compiled: bool) -> list[ModelProvider]:
     """Who runs a model: the library it stands for, where that is installed, and plain PyTorch with SDPA."""
     peer = _OFFICIAL if model.official else _PERCEIVER_PYTORCH
-    providers = [MODEL_PROVIDERS["ours"], _PLAIN, peer]
+    providers = [MODEL_PROVIDERS["ours"], PLAIN, peer]
     if compiled:
-        providers += [_compiled_model(_PLAIN), _compiled_model(peer)]
+        providers += [_compiled_model(PLAIN), _compiled_model(peer)]
     if mode.startswith("forward"):
         providers.append(_OURS_GRAPHED)
     return providers

@@ -38,13 +38,12 @@ def exp2_rate_kernel(  # type: ignore[no-untyped-def]
 
 def rates(plan: Plan, device: str, budget: float, min_rounds: int) -> dict[str, float]:
     """Exponentials, bytes read and written by a copy, and operations of square products, each per second."""
-    random = torch.Generator().manual_seed(0)
     programs = 16 * tiles.multiprocessors(torch.device(device)) if device == "cuda" else 2
     rounds = 64 if device == "cuda" else 1
-    x = torch.rand(programs * BLOCK, generator=random).to(device)
-    source = torch.rand(plan.copied // 4, generator=random).to(device)
+    x = torch.rand(programs * BLOCK, device=device)
+    source = torch.rand(plan.copied // 4, device=device)
     target = torch.empty_like(source)
-    square = torch.rand(plan.product, plan.product, generator=random).to(device) - 0.5
+    square = torch.rand(plan.product, plan.product, device=device) - 0.5
     half = square.to(plan.dtypes[1])
     products = torch.empty_like(square), torch.empty_like(half)
 

@@ -177,12 +177,12 @@ def timed(calls: Callable[[], Calls], work: Mapping[str, int], setting: Setting)
     pairs, floating-point operations, bytes written."""
     results: dict[str, dict[str, Any]] = {direction: {} for direction in work}
     ready: dict[str, dict[str, Call]] = {direction: {} for direction in work}
-    graphed = setting.device == "cuda"
+    graphs = setting.device == "cuda"
     for direction, provider, build in calls():
         try:
             call = build()
             call()
-            ready[direction][provider] = GraphedCall(call) if graphed and direction == "forward" else call
+            ready[direction][provider] = graphed(call) if graphs and direction == "forward" else call
         except Exception as failure:  # what a backend does not do is its result
             refused = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
             results[direction][provider] = {"refused": refused}
@@ -194,12 +194,22 @@ def timed(calls: Callable[[], Calls], work: Mapping[str, int], setting: Setting)
         ours = timings.get("ours")
         for provider, timing in timings.items():
             speed, ratio = work[direction] / timing.median, timing.ratio(ours) if ours else None
-            entry = {"timing": compare.summary(timing), "per_second": speed, "times_ours": ratio}
+            graph = isinstance(these[provider], GraphedCall)
+            entry = {"timing": compare.summary(timing), "per_second": speed, "times_ours": ratio, "graph": graph}
             results[direction][provider] = entry
             rows.append(operator_row(direction, provider, timing, speed, ratio))
     header = ("direction", "provider", "median", "p20 ... p80", "per second", "times ours")
     text = "\n".join([tables.markdown(header, rows), *refusals])
-    return {"results": results, "work": dict(work), "forward as CUDA graphs": graphed}, text
+    return {"results": results, "work": dict(work)}, text
+
+
+def graphed(call: Call) -> Call:
+    """The call as a CUDA graph, or as it is where it cannot be one: its record says which."""
+    try:
+        return GraphedCall(call)
+    except Exception as failure:
+        progress(f"not as a CUDA graph: {type(failure).__name__}: {failure}".splitlines()[0])
+        return call
 
 
 def operator_row(direction: str, provider: str, timing: Timing, speed: float, ratio: float | None) -> list[str]:
@@ -234,9 +244,8 @@ def separable_calls(case: Case, dtype: torch.dtype, device: str) -> Calls:
 
 def attention_calls(shape: AttentionShape, device: str) -> Calls:
     """latent_attention and each of SDPA's backends, on the same q, k and v."""
-    generator = torch.Generator().manual_seed(0)
     size = (3, shape.batch, shape.heads, shape.latents, shape.head_dim)
-    q, k, v = torch.randn(size, generator=generator).to(device, shape.dtype)
+    q, k, v = torch.randn(size, device=device).to(shape.dtype)
     leaves = (q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_())
 
     def by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

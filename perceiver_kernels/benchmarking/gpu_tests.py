@@ -14,8 +14,8 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 RECORD = "PERCEIVER_KERNELS_TEST_RECORD"
-# What runs kernels on a GPU: tests of its backends, and those of this file's kind.
-SELECTED = "triton or cuda or gpu"
+# What runs kernels on a GPU: tests of its backends, and those that need one; not those of this check.
+SELECTED = "(triton or cuda or gpu) and not gpu_check and not gpu_providers"
 SELECTED_TINY = "dropout_is_the_references"
 WORKERS = 8
 SHOWN = 20

@@ -249,12 +249,13 @@ class ModelRun:
     """A provider's model in one mode, its weights those of every other provider's, ready to be called."""
 
     def __init__(self, provider: ModelProvider, model: Model, mode: str, device: str = "cpu") -> None:
-        self.module = provider.build(model)
-        with seeded():
-            self.module.load_state_dict(_ours(model).state_dict())
-            upstream = torch.randn(model.input_shape) if model.tower else torch.empty(0)
+        with torch.device(device):  # where parameters are made, a GPU's in no time
+            self.module = provider.build(model)
+            with seeded():
+                self.module.load_state_dict(_ours(model).state_dict())
+                self.upstream = torch.randn(model.input_shape) if model.tower else torch.empty(0)
         self.module.to(device)
-        self.data, self.upstream = model.data().to(device), upstream.to(device)
+        self.data = model.data().to(device)
         self.labels = torch.arange(len(self.data), device=device) % 10
         trains = mode.startswith("train-step")
         self.module.train(trains)
