@@ -36,9 +36,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 480.0
 PACKAGES = ("triton", "numpy", "perceiver-pytorch", "transformers", "pytest", "pytest-xdist", "hypothesis")
 # Of the time that is left, what share each stage may have, later stages taking what earlier ones left over.
-SHARES = {"roofline": 4, "tests": 20, "operators": 15, "encoder": 30, "models": 30, "first-calls": 6}
+SHARES = {"roofline": 4, "tests": 20, "operators": 14, "encoder": 28, "models": 28, "first-calls": 8}
 # Of its time, what a stage uses to start comparisons; the rest is for the one under way.
 STARTING = 0.7
+
+# Characters of a process's log that are shown where it did not end well.
+LOG = 8000
 
 NOT_MEASURED = "Triton's interpreter at tiny sizes: NO FIGURE HERE IS A MEASUREMENT"
 METHOD = (
@@ -153,7 +156,8 @@ def for_reader(bar: bars.Bar, tiny: bool) -> bars.Bar:
     if not tiny:
         return bar
     computed = "nothing" if bar.value is None else bar.show(bar.value)
-    return dataclasses.replace(bar, value=None, note=f"interpreter, no measurement: {computed} {bar.note}".strip())
+    note = "; ".join(filter(None, [f"interpreter, no measurement: {computed}", bar.note]))
+    return dataclasses.replace(bar, value=None, note=note)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -186,10 +190,11 @@ def timing(name: str, folder: Path, seconds: float, options: Options, report: di
     }
     module = "perceiver_kernels.benchmarking.gpu_stages"
     command = [sys.executable, "-m", module, name, str(file), "--setting", json.dumps(setting)]
-    status, said = finished(command, child_environment(options), seconds)
+    status, log = finished(command, child_environment(options), seconds)
     done = json.loads(file.read_text()) if file.exists() else []
-    if status != "done" and said:
-        status = f"{status}: {said}"
+    if status != "done":
+        print(f"\n{status}\n{log}", flush=True)
+        status = f"{status}: {last_line(log)}"
     return status, [entry["record"] for entry in done], "\n\n".join(entry["text"] for entry in done)
 
 
@@ -198,17 +203,18 @@ def tests(folder: Path, seconds: float, options: Options, report: dict[str, Any]
     if not gpu_tests.TESTS.is_dir():
         return "no tests here: not a checkout", [], ""
     record = folder / "tests.jsonl"
-    status, said = finished(gpu_tests.command(options.tiny), gpu_tests.environment(record, options.tiny), seconds)
+    status, log = finished(gpu_tests.command(options.tiny), gpu_tests.environment(record, options.tiny), seconds)
     summary = gpu_tests.summary(record)
     if not any(summary[kind] for kind in ("passed", "failed", "error", "skipped")):
-        status = f"{status}: {said}" if said else status
-    elif status.startswith("exit status 1"):
+        status = f"{status}: {last_line(log)}"
+    elif status == "exit status 1":
         status = "done"  # tests failed, which the record says
     return status, [summary], "```\n" + json.dumps(summary, indent=1) + "\n```"
 
 
 def first_calls(folder: Path, seconds: float, options: Options, report: dict[str, Any]) -> Stage:
     """Seconds of first calls in fresh processes: no compiled kernel on disk, then those of the first process."""
+    end = time.time() + seconds
     variables = child_environment(options) | {"TRITON_CACHE_DIR": str(folder / "kernels")}
     records: list[dict[str, Any]] = []
     rows: list[list[str]] = []
@@ -219,7 +225,7 @@ def first_calls(folder: Path, seconds: float, options: Options, report: dict[str
             capture_output=True,
             text=True,
             check=False,
-            timeout=max(1.0, seconds / 2),
+            timeout=max(1.0, end - time.time()),
         )
         if done.returncode:
             return f"failed: {last_line(done.stderr)}", records, ""
@@ -232,7 +238,7 @@ def first_calls(folder: Path, seconds: float, options: Options, report: dict[str
 
 
 def finished(command: list[str], variables: dict[str, str], seconds: float) -> tuple[str, str]:
-    """Runs a command and all that it starts for so many seconds at most: how it ended, and its last line of errors."""
+    """Runs a command and all that it starts for so many seconds at most: how it ended, and the end of its log."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=errors, start_new_session=True)
         try:
@@ -244,7 +250,7 @@ def finished(command: list[str], variables: dict[str, str], seconds: float) -> t
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         errors.seek(0)
-        return ended, last_line(errors.read())
+        return ended, errors.read()[-LOG:].strip()
 
 
 def last_line(text: str) -> str:
