@@ -274,7 +274,7 @@ def first_calls(provider: Provider, case: Case, mode: str, image: Tensor) -> tup
 
     On a CPU, a miniature of the case runs first, to load libraries that a first call would otherwise be charged for.
     """
-    if image.device.type == "cpu" and not provider.compiled:
+    if image.device.type == "cpu" and not provider.compiled and case.small() != case:
         prepare(provider, case.small(), mode, case.small().image().to(image))()
     run = prepare(provider, case, mode, image)
     calls: list[float] = []

@@ -138,32 +138,31 @@ def tiny() -> Plan:
     wide = dataclasses.replace(layer, name="imagenet-official", head_dim=layer.channels)
     official = dataclasses.replace(
         OFFICIAL,
-        input_shape=(2, *layer.shape, 3),
+        input_shape=(1, *layer.shape, 3),
         arguments={"case": wide, "layers": 1, "blocks": 2, "heads": 2, "num_classes": 10},
     )
     sizes = {"num_freq_bands": 2, "max_freq": 6.0, "num_latents": 5, "latent_dim": 16, "num_classes": 10}
-    sizes |= {"latent_heads": 2, "latent_dim_head": 8, "depth": 2, "self_per_cross_attn": 1}
+    sizes |= {"latent_heads": 2, "latent_dim_head": 8, "depth": 1, "self_per_cross_attn": 1}
     paper = MODELS["imagenet-paper"]
-    paper = dataclasses.replace(paper, input_shape=(2, *layer.shape, 3), arguments=paper.arguments | sizes)
+    paper = dataclasses.replace(paper, input_shape=(1, *layer.shape, 3), arguments=paper.arguments | sizes)
     return Plan(
         encoder=[
-            EncoderComparison(batched(layer, 2), half, "forward", compiled=True),
-            EncoderComparison(batched(layer, 2), half, "forward+backward"),
-            EncoderComparison(batched(wide, 2), half, "forward"),
-            EncoderComparison(layer, torch.float32, "forward+backward"),
+            EncoderComparison(layer, half, "forward", compiled=True),
+            EncoderComparison(layer, half, "forward+backward"),
+            EncoderComparison(wide, half, "forward"),
         ],
         models=[
             ModelComparison(official, "forward-float16", compiled=True),
             ModelComparison(official, "train-step-float16"),
             ModelComparison(paper, "forward"),
         ],
-        kernel=[batched(layer, 2)],
-        attention=[AttentionShape(2, 2, 9, 8, torch.float32), AttentionShape(1, 2, 9, 8, half)],
-        encoding=batched(layer, 2),
+        kernel=[layer],
+        attention=[AttentionShape(1, 2, 9, 8, torch.float32), AttentionShape(1, 2, 9, 8, half)],
+        encoding=layer,
         first_call=layer,
         copied=1 << 16,
         product=64,
-        batch=2,
+        batch=1,
         dtypes=(torch.float32, half),
     )
 
