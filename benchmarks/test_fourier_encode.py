@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from perceiver_kernels.benchmarking.bars import encoding_calls
 from perceiver_kernels.benchmarking.cases import CASES
+from perceiver_kernels.benchmarking.encoder_bars import encoding_calls
 
 
 @pytest.mark.parametrize("how", ("ours", "ours, into a given array", "copy", "perceiver-pytorch"))

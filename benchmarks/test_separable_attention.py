@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import perceiver_kernels as pk
-from perceiver_kernels.benchmarking.bars import kernel_arguments
 from perceiver_kernels.benchmarking.cases import CASES
 from perceiver_kernels.benchmarking.compare import Effort, prepare
+from perceiver_kernels.benchmarking.encoder_bars import kernel_arguments
 from perceiver_kernels.benchmarking.providers import PROVIDERS
 
 KERNEL_CASES = ("imagenet", "cifar10", "multimodal-video", "photo-4k")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from perceiver_kernels.benchmarking.measure import (
     error,
     interleave,
     peak_extra_memory,
+    synchronize,
 )
 from perceiver_kernels.benchmarking.plain import (
     CrossAttention,
@@ -46,16 +48,20 @@ class Effort:
         min_rounds: rounds that run whatever they cost.
         memory_limit: bytes a provider may be expected to need; the default is 60 % of what is available.
         errors: whether to compute the float64 truth.
+        deadline: the time.time() from which nobody else is tried.
     """
 
     budget: float = 6.0
     min_rounds: int = 5
     memory_limit: int | None = None
     errors: bool = True
+    deadline: float = math.inf
 
-    def refuse(self, bytes_needed: int) -> str | None:
-        """Why a call of this size should not be tried, or None."""
-        limit = int(0.6 * available_memory()) if self.memory_limit is None else self.memory_limit
+    def refuse(self, bytes_needed: int, device: str = "cpu") -> str | None:
+        """Why a call of this size should not be tried now, or None."""
+        if time.time() > self.deadline:
+            return "no time left"
+        limit = int(0.6 * available_memory(device)) if self.memory_limit is None else self.memory_limit
         if bytes_needed <= limit:
             return None
         return f"would need {tables.size(bytes_needed)}, the limit is {tables.size(limit)}"
@@ -84,14 +90,16 @@ class Result:
 
 
 class LayerRun:
-    """A provider's layer with the weights of the case, ready to be called again and again."""
+    """A provider's layer with the weights of the case, rounded to the image's dtype, ready to be called repeatedly."""
 
     def __init__(self, layer: Layer, case: Case, image: Tensor, backward: bool = False) -> None:
-        self.layer, self.image, self.backward = layer, image, backward
+        self.layer, self.image, self.backward = layer.to(image.device), image, backward
         with seeded():
-            layer.layer.load_state_dict(CrossAttention(case).state_dict())
-            self.latents = nn.Parameter(torch.randn(1, case.num_latents, case.latent_dim))
-            self.upstream = torch.randn(case.batch, case.num_latents, case.latent_dim)
+            layer.layer.load_state_dict(CrossAttention(case).to(image.dtype).state_dict())
+            latents = torch.randn(1, case.num_latents, case.latent_dim).to(image.dtype)
+            size = (case.batch if backward else 0, case.num_latents, case.latent_dim)
+            self.upstream = torch.randn(size, device=image.device).to(image.dtype)
+        self.latents = nn.Parameter(latents.to(image.device, next(layer.parameters()).dtype))
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
@@ -118,11 +126,43 @@ class LayerRun:
         return {"output": self.output.detach()} | {name: grad for name, grad in gradients.items() if grad is not None}
 
 
+class GraphedCall:
+    """A call as one CUDA graph, so that nothing of its time is that of launching."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            call()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class GraphedRun(GraphedCall):
+    """A run without gradients as one CUDA graph."""
+
+    def __init__(self, run: LayerRun) -> None:
+        super().__init__(run)
+        self.run = run
+
+    def clear(self) -> None:
+        """The output is the graph's own memory and stays."""
+
+    def values(self) -> dict[str, Tensor]:
+        return self.run.values()
+
+
 class PerceiverRun:
     """A provider's whole Perceiver, without gradients."""
 
     def __init__(self, perceiver: nn.Module, case: Case, image: Tensor) -> None:
-        self.perceiver, self.image = perceiver.eval(), image
+        self.perceiver, self.image = perceiver.eval().to(image.device), image
         with seeded():
             perceiver.load_state_dict(PlainPerceiver(case, ExpertCrossAttention(case)).state_dict())
         self.output = torch.empty(0)
@@ -138,29 +178,37 @@ class PerceiverRun:
         return {"output": self.output}
 
 
+Run: TypeAlias = LayerRun | GraphedRun | PerceiverRun
+
+
 @contextlib.contextmanager
 def seeded() -> Iterator[None]:
     """The same random numbers for every provider, and the caller's generator as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield
 
 
-def prepare(provider: Provider, case: Case, mode: str, image: Tensor) -> LayerRun | PerceiverRun:
-    """A provider's run of a case, its weights those of every other provider's."""
-    if mode != "perceiver":
-        return LayerRun(provider.layer(case), case, image, backward=mode == "forward+backward")
-    assert provider.perceiver
-    return PerceiverRun(provider.perceiver(case), case, image)
+def prepare(provider: Provider, case: Case, mode: str, image: Tensor) -> Run:
+    """A provider's run of a case, its weights those of every other provider's; in 16 bit where the image is."""
+    build = provider.perceiver if mode == "perceiver" else provider.layer
+    assert build
+    module = build(case) if image.dtype == torch.float32 else build(case).to(image.dtype)
+    if isinstance(module, Layer):
+        run = LayerRun(module, case, image, backward=mode == "forward+backward")
+        return GraphedRun(run) if provider.graph else run
+    return PerceiverRun(module, case, image)
 
 
 def truth(case: Case, mode: str, image: Tensor) -> dict[str, Tensor]:
-    """The float64 values of a run, or of a layer beyond TRUTH_PAIRS the output of a few latents."""
+    """The float64 values of a run, or of a layer beyond TRUTH_PAIRS the output of a few latents of the first image."""
     run: LayerRun | PerceiverRun
     if mode == "perceiver":
         run = PerceiverRun(PlainPerceiver(case, ExactCrossAttention(case)).double(), case, image)
     else:
         whole = case.pairs <= TRUTH_PAIRS
+        if not whole:
+            case, image = dataclasses.replace(case, batch=1), image[:1]
         run = LayerRun(ExactCrossAttention(case), case, image, backward=whole and mode == "forward+backward")
         if not whole:
             run.latents = nn.Parameter(run.latents[:, :TRUTH_LATENTS])
@@ -171,7 +219,7 @@ def truth(case: Case, mode: str, image: Tensor) -> dict[str, Tensor]:
 def errors(values: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, Error]:
     """The distance of each value from its truth; of an output, over the latents whose truth is known."""
     known = {name: value for name, value in values.items() if name in true}
-    known["output"] = known["output"][:, : true["output"].shape[1]]
+    known["output"] = known["output"][: len(true["output"]), : true["output"].shape[1]]
     return {name: error(value, true[name]) for name, value in known.items()}
 
 
@@ -190,15 +238,16 @@ def compare(
         providers: who runs it. Those who have no whole Perceiver are left out where that is the mode.
         effort: how much time and memory it may take.
         progress: is told what is going on.
-        image: the data, (batch, *shape, c); by default random.
+        image: the data, (batch, *shape, c); by default random. Its device and dtype are those of the comparison.
     """
     image = case.image() if image is None else image
+    device = image.device.type
     results: dict[str, Result] = {}
-    runs: dict[str, LayerRun | PerceiverRun] = {}
+    runs: dict[str, Run] = {}
     for provider in providers:
         if mode == "perceiver" and provider.perceiver is None:
             continue
-        refused = provider.missing() or effort.refuse(provider.bytes_needed(case, mode))
+        refused = provider.missing() or effort.refuse(provider.bytes_needed(case, mode), device)
         progress(f"{case.name}, {mode}: {provider.name}" + (f" left out: {refused}" if refused else ""))
         if not refused:
             try:
@@ -214,30 +263,32 @@ def compare(
             results[name] = dataclasses.replace(results[name], errors=errors(run.values(), true))
     if runs:
         progress(f"{case.name}, {mode}: interleaved timing")
-        for name, timing in interleave(runs, budget=effort.budget, min_rounds=effort.min_rounds).items():
+        timings = interleave(runs, budget=effort.budget, min_rounds=effort.min_rounds, device=device)
+        for name, timing in timings.items():
             results[name] = dataclasses.replace(results[name], timing=timing)
     return list(results.values())
 
 
-def first_calls(provider: Provider, case: Case, mode: str, image: Tensor) -> tuple[LayerRun | PerceiverRun, Result]:
+def first_calls(provider: Provider, case: Case, mode: str, image: Tensor) -> tuple[Run, Result]:
     """Builds a provider's run and measures what only early calls show: first-call time and peak memory.
 
-    A miniature of the case runs first, to load the libraries that a first call would otherwise be charged for.
+    On a CPU, a miniature of the case runs first, to load libraries that a first call would otherwise be charged for.
     """
-    if not provider.compiled:
-        prepare(provider, case.small(), mode, case.small().image())()
+    if image.device.type == "cpu" and not provider.compiled and case.small() != case:
+        prepare(provider, case.small(), mode, case.small().image().to(image))()
     run = prepare(provider, case, mode, image)
     calls: list[float] = []
 
     def call() -> None:
         start = time.perf_counter()
         run()
+        synchronize(image.device.type)
         calls.append(time.perf_counter() - start)
 
     if provider.compiled:
         call()
         run.clear()
-    memory = peak_extra_memory(call)
+    memory = peak_extra_memory(call, image.device.type)
     return run, Result(case.name, mode, provider.name, first_call=calls[0], memory=memory)
 
 
@@ -284,13 +335,17 @@ def row(result: Result, timing: Timing, ours: Timing | None, pairs: int, exponen
 
 def record(result: Result) -> dict[str, Any]:
     """A result as it is kept in a file: the summary of its timing, not every call."""
-    timing = result.timing
     kept = dataclasses.asdict(dataclasses.replace(result, timing=None))
-    kept["timing"] = timing and {
+    kept["timing"] = result.timing and summary(result.timing)
+    return kept
+
+
+def summary(timing: Timing) -> dict[str, float]:
+    """A timing as it is kept in a file."""
+    return {
         "median": timing.median,
         "p20": timing.quantile(0.2),
         "p80": timing.quantile(0.8),
         "rounds": len(timing.rounds),
         "calls": sum(map(len, timing.rounds)),
     }
-    return kept

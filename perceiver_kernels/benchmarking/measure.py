@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -40,8 +41,12 @@ class Timing:
         return statistics.median(statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs)
 
 
+# Calls that a visit queues on a GPU at most.
+MAX_QUEUED = 100
+
+
 def interleave(
-    calls: Mapping[str, Call], *, budget: float, min_rounds: int = 3, visit: float = 0.03
+    calls: Mapping[str, Call], *, budget: float, min_rounds: int = 3, visit: float = 0.03, device: str = "cpu"
 ) -> dict[str, Timing]:
     """Times several calls in turns, one visit each per round, so that they share the machine's good and bad moments.
 
@@ -50,13 +55,15 @@ def interleave(
         budget: seconds; no round starts after it.
         min_rounds: rounds that run whatever they cost.
         visit: seconds that a visit repeats a fast call for; a slow one runs once.
+        device: where the calls work: on "cuda" its events are the clock.
     """
+    visited = _visit if device == "cpu" else _visit_gpu
     rounds: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     start = time.perf_counter()
     done = 0
     while done < min_rounds or time.perf_counter() - start < budget:
         for name, call in calls.items():
-            rounds[name].append(tuple(_visit(call, visit)))
+            rounds[name].append(tuple(visited(call, visit)))
         done += 1
     return {name: Timing(tuple(visits)) for name, visits in rounds.items()}
 
@@ -70,6 +77,31 @@ def _visit(call: Call, seconds: float) -> Iterator[float]:
         yield stop - start
         if stop >= end:
             return
+
+
+def _visit_gpu(call: Call, seconds: float) -> Iterator[float]:
+    """A call that starts on an idle GPU says how many more to queue; where there are more, they alone count."""
+    torch.cuda.synchronize()
+    probe = _queued(call, 1)[0]
+    more = min(MAX_QUEUED, int(seconds / max(probe, 1e-6)))
+    yield from _queued(call, more) if more else (probe,)
+
+
+def _queued(call: Call, count: int) -> list[float]:
+    """Seconds between the events before and after each of `count` calls, queued one after the other."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, stop in events:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) * 1e-3 for start, stop in events]
+
+
+def synchronize(device: str) -> None:
+    """Waits until what was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +119,17 @@ def error(value: Tensor, truth: Tensor) -> Error:
     return Error((difference.square().mean().sqrt() / scale).item(), (difference.abs().max() / scale).item())
 
 
-def peak_extra_memory(call: Call) -> int | None:
+def peak_extra_memory(call: Call, device: str = "cpu") -> int | None:
     """Bytes of memory that `call` needs at its worst moment, beyond what the process held before; None where unknown.
+
+    A GPU's are those of torch's tensors there.
 
     Linux keeps a high-water mark that a process may reset for itself. Where it may not, a thread samples; where there
     is no /proc, the mark since the process began is used, which says nothing unless the call raises it.
     """
     _release_freed_memory()
+    if device == "cuda":
+        return _peak_on_gpu(call)
     if not Path("/proc/self/statm").exists():
         return _growth_of_maximum(call)
     before = _resident()
@@ -101,6 +137,15 @@ def peak_extra_memory(call: Call) -> int | None:
         call()
         return max(0, _high_water_mark() - before)
     return max(0, _sampled_peak(call) - before)
+
+
+def _peak_on_gpu(call: Call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _release_freed_memory() -> None:
@@ -162,8 +207,10 @@ def _growth_of_maximum(call: Call) -> int | None:
     return growth * unit if growth else None
 
 
-def available_memory() -> int:
+def available_memory(device: str = "cpu") -> int:
     """Bytes that this process may still take: what the system has left, or its control group, whichever is less."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     limits = [_memory_of_group(), _memory_of_system()]
     return min(limit for limit in limits if limit is not None)
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 import perceiver_kernels as pk
 from perceiver_kernels.benchmarking import tables
+from perceiver_kernels.benchmarking.cases import Case
 from perceiver_kernels.benchmarking.compare import Effort, Progress, Result, seeded
 from perceiver_kernels.benchmarking.measure import Timing, error, interleave, peak_extra_memory
-from perceiver_kernels.benchmarking.plain import PlainTower
+from perceiver_kernels.benchmarking.plain import PlainModel, PlainOfficial, PlainTower
 from perceiver_kernels.benchmarking.providers import needs_compiler, needs_perceiver_pytorch
 
+# Modes may end in the dtype of autocast, as "forward-bfloat16" does.
 MODEL_MODES = ("forward", "forward-bfloat16", "train-step")
 
 
@@ -27,9 +29,10 @@ class Model:
 
     Args:
         input_shape: (batch, *axes, channels), of a tower (batch, N, dim).
-        arguments: of the constructor: perceiver-pytorch's Perceiver and ours, or PlainTower's.
+        arguments: of the constructor: perceiver-pytorch's Perceiver and ours, PlainTower's or PlainOfficial's.
         tower: whether it is the latent tower alone.
         truth: whether the float64 truth of a forward pass takes seconds rather than minutes.
+        official: whether it is the released model.
     """
 
     name: str
@@ -38,6 +41,11 @@ class Model:
     arguments: dict[str, Any]
     tower: bool = False
     truth: bool = True
+    official: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "tower" if self.tower else "official" if self.official else "perceiver"
 
     def data(self) -> Tensor:
         """The input, the same at every call."""
@@ -134,15 +142,49 @@ class LibraryTower(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for pair in self.layers:
-            attention, mlp = cast(nn.ModuleList, pair)
-            x = attention(x, residual=x)
-            x = mlp(x, residual=x)
-        return x
+        return run_pairs(self.layers, x)
+
+
+class LibraryOfficial(nn.Module):
+    """PlainOfficial of this library's modules; same names of parameters."""
+
+    def __init__(self, case: Case, layers: int, blocks: int, heads: int, num_classes: int = 1000) -> None:
+        super().__init__()
+        dim, width = case.latent_dim, case.channels
+        self.blocks = blocks
+        self.grid = pk.FourierGrid(shape=case.shape, num_bands=case.num_bands, max_freq=case.max_freq)
+        self.latents = nn.Parameter(torch.randn(case.num_latents, dim))
+        self.cross = pk.CrossAttention(dim, width, heads=1, head_dim=width, qkv_bias=True)
+        self.cross_ff = pk.FeedForward(dim, mult=1, activation="gelu")
+        self.layers = LibraryTower(dim, layers, heads, mult=1).layers
+        self.query = nn.Parameter(torch.randn(1, dim))
+        self.decoder = pk.CrossAttention(dim, dim, heads=1, head_dim=dim, qkv_bias=True)
+        self.decoder_ff = pk.FeedForward(dim, mult=1, activation="gelu")
+        self.to_logits = nn.Linear(dim, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        latents, query = self.latents[None], self.query[None]
+        x = self.cross(latents, image, grid=self.grid, residual=latents)
+        x = self.cross_ff(x, residual=x)
+        for _ in range(self.blocks):
+            x = run_pairs(self.layers, x)
+        query = self.decoder(query, x, residual=query)
+        query = self.decoder_ff(query, residual=query)
+        return self.to_logits(query[:, 0])
+
+
+def run_pairs(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """Attention and MLP of every layer, with residuals."""
+    for pair in layers:
+        attention, mlp = cast(nn.ModuleList, pair)
+        x = attention(x, residual=x)
+        x = mlp(x, residual=x)
+    return x
 
 
 def _ours(model: Model) -> nn.Module:
-    return LibraryTower(**model.arguments) if model.tower else pk.Perceiver(**model.arguments)
+    build = {"tower": LibraryTower, "official": LibraryOfficial, "perceiver": pk.Perceiver}[model.kind]
+    return build(**model.arguments)
 
 
 def _perceiver_pytorch(model: Model) -> nn.Module:
@@ -161,18 +203,28 @@ def _compiled(build: Callable[[Model], nn.Module]) -> Callable[[Model], nn.Modul
 
 
 def _plain(model: Model) -> nn.Module:
-    return PlainTower(**model.arguments)
+    if model.kind == "perceiver":
+        return PlainModel(shape=model.input_shape[1:-1], **model.arguments)
+    return (PlainTower if model.tower else PlainOfficial)(**model.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelProvider:
-    """A way to run a model: how it is built, which kind it is for, and why it cannot run here, or None."""
+    """A way to run a model.
+
+    Args:
+        build: makes it, with our names of parameters.
+        tower: whether it is for the latent tower, for everything but it, or, None, for both.
+        missing: why it cannot run here, or None.
+        ready: what becomes of the built module and the data it will get, before it runs.
+    """
 
     name: str
     what: str
     build: Callable[[Model], nn.Module]
     tower: bool | None
     missing: Callable[[], str | None] = lambda: None
+    ready: Callable[[nn.Module, Tensor], nn.Module] = lambda module, data: module
 
 
 MODEL_PROVIDERS = {
@@ -196,73 +248,96 @@ MODEL_PROVIDERS = {
 class ModelRun:
     """A provider's model in one mode, its weights those of every other provider's, ready to be called."""
 
-    def __init__(self, provider: ModelProvider, model: Model, mode: str) -> None:
-        with seeded():
+    def __init__(self, provider: ModelProvider, model: Model, mode: str, device: str = "cpu") -> None:
+        with torch.device(device):  # where parameters are made, a GPU's in no time
             self.module = provider.build(model)
-            self.module.load_state_dict(_ours(model).state_dict())
-            self.upstream = torch.randn(model.input_shape) if model.tower else torch.empty(0)
-        self.data, self.mode = model.data(), mode
-        self.labels = torch.arange(len(self.data)) % 10
-        self.module.train(mode == "train-step")
-        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4) if mode == "train-step" else None
+            with seeded():
+                self.module.load_state_dict(_ours(model).state_dict())
+                self.upstream = torch.randn(model.input_shape) if model.tower else torch.empty(0)
+        self.module.to(device)
+        self.data = model.data().to(device)
+        self.labels = torch.arange(len(self.data), device=device) % 10
+        trains = mode.startswith("train-step")
+        self.module.train(trains)
+        self.module = provider.ready(self.module, self.data)
+        name = mode.rpartition("-")[2]
+        self.autocast_dtype = getattr(torch, name) if "float" in name else None
+        fused = True if device == "cuda" else None
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4, fused=fused) if trains else None
         self.output = torch.empty(0)
 
     def __call__(self) -> None:
         if self.optimizer is None:
-            autocast = self.mode == "forward-bfloat16"
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.no_grad(), self.autocast():
                 self.output = self.module(self.data)
             return
         # Gradients stay allocated, so that the peak of a step is what it needs beyond them.
         self.optimizer.zero_grad(set_to_none=False)
-        output = self.module(self.data)
-        loss = F.cross_entropy(output, self.labels) if self.upstream.numel() == 0 else (output * self.upstream).mean()
+        with self.autocast():
+            output = self.module(self.data)
+            tower = self.upstream.numel() > 0
+            loss = (output * self.upstream).mean() if tower else F.cross_entropy(output, self.labels)
         loss.backward()
         self.optimizer.step()
         self.output = loss.detach()
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.data.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
 
 def compare_models(
-    model: Model, mode: str, names: Iterable[str], effort: Effort, progress: Progress = lambda line: None
+    model: Model,
+    mode: str,
+    providers: Iterable[str | ModelProvider],
+    effort: Effort,
+    progress: Progress = lambda line: None,
+    device: str = "cpu",
 ) -> list[Result]:
     """Measures providers on one model in one mode, in turns; what cannot run is a result that says why."""
     results: dict[str, Result] = {}
     runs: dict[str, ModelRun] = {}
-    for name in names:
-        provider = MODEL_PROVIDERS[name]
+    for entry in providers:
+        provider = MODEL_PROVIDERS[entry] if isinstance(entry, str) else entry
+        name = provider.name
         if provider.tower not in (None, model.tower):
             continue
-        refused = provider.missing()
+        refused = provider.missing() or effort.refuse(0, device)
         progress(f"{model.name}, {mode}: {name}" + (f" left out: {refused}" if refused else ""))
         if not refused:
             try:
-                run = ModelRun(provider, model, mode)
+                run = ModelRun(provider, model, mode, device)
                 run()
-                results[name] = Result(model.name, mode, name, memory=peak_extra_memory(run))
+                results[name] = Result(model.name, mode, name, memory=peak_extra_memory(run, device))
                 runs[name] = run
                 continue
             except Exception as failure:  # one peer that fails must not cost the figures of the others
                 refused = f"failed: {type(failure).__name__}: {failure}".splitlines()[0]
         results[name] = Result(model.name, mode, name, refused)
-    true = _truth(model, mode) if effort.errors and runs else None
+    true = _truth(model, mode, device) if effort.errors and runs else None
     if true is not None:
         for name, run in runs.items():
-            results[name] = dataclasses.replace(results[name], errors={"output": error(run.output, true)})
+            distance = error(run.output[: len(true)], true)
+            results[name] = dataclasses.replace(results[name], errors={"output": distance})
     if runs:
         progress(f"{model.name}, {mode}: interleaved timing")
-        for name, timing in interleave(runs, budget=effort.budget, min_rounds=min(3, effort.min_rounds)).items():
+        rounds = min(3, effort.min_rounds)
+        timings = interleave(runs, budget=effort.budget, min_rounds=rounds, device=device)
+        for name, timing in timings.items():
             results[name] = dataclasses.replace(results[name], timing=timing)
     return list(results.values())
 
 
-def _truth(model: Model, mode: str) -> Tensor | None:
+# Of a larger batch, the truth covers the first inputs.
+TRUTH_BATCH = 8
+
+
+def _truth(model: Model, mode: str, device: str = "cpu") -> Tensor | None:
     """The float64 output of the plain model, or None for a training step and where it would take too long."""
-    peer = MODEL_PROVIDERS["plain" if model.tower else "perceiver-pytorch"]
-    if mode == "train-step" or peer.missing() or not model.truth:
+    if mode.startswith("train-step") or not model.truth:
         return None
-    run = ModelRun(peer, model, "forward")
+    run = ModelRun(MODEL_PROVIDERS["plain"], model, "forward", device)
     run.module.double()
-    run.data = run.data.double()
+    run.data = run.data[:TRUTH_BATCH].double()
     run()
     return run.output
 

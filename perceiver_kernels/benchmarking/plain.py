@@ -5,9 +5,11 @@ Parameter names are those of perceiver-pytorch, so that one state dict serves ev
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +19,20 @@ from torch.utils.checkpoint import checkpoint
 from perceiver_kernels.benchmarking.cases import Case
 
 
-def axis_tables(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def axis_tables(
+    case: Case, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> list[Tensor]:
     """One table of features per axis, (S_k, 2 * num_bands + 1), each row [sin, cos, position]."""
-    frequencies = torch.linspace(1.0, case.max_freq / 2, case.num_bands, dtype=torch.float64)
+    frequencies = torch.linspace(1.0, case.max_freq / 2, case.num_bands, dtype=torch.float64, device=device)
     tables = []
     for size in case.shape:
-        positions = torch.linspace(-1.0, 1.0, size, dtype=torch.float64)[:, None]
+        positions = torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device=device)[:, None]
         angles = math.pi * positions * frequencies
         tables.append(torch.cat([angles.sin(), angles.cos(), positions], dim=-1).to(dtype))
     return tables
+
+
+kept_tables = functools.lru_cache(maxsize=16)(axis_tables)
 
 
 def encode(image: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -44,7 +51,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention from `x` to `context`, or to itself."""
+    """Multi-head attention from `x` to `context`, or to itself; `attend` maps the heads' q, k and v to results."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, qkv_bias: bool = False) -> None:
         super().__init__()
@@ -52,12 +61,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(query_dim, heads * head_dim, bias=qkv_bias)
         self.to_kv = nn.Linear(context_dim, 2 * heads * head_dim, bias=qkv_bias)
         self.to_out = nn.Linear(heads * head_dim, query_dim)
+        self.attend = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q = split_heads(self.to_q(x), self.heads).expand(context.shape[0], -1, -1, -1)
         k, v = (split_heads(part, self.heads) for part in self.to_kv(context).chunk(2, dim=-1))
-        return self.project(F.scaled_dot_product_attention(q, k, v))
+        return self.project(self.attend(q, k, v))
 
     def project(self, heads: Tensor) -> Tensor:
         """The output projection of (batch, heads, n, head_dim)."""
@@ -109,11 +119,11 @@ class PreNorm(nn.Module):
 class CrossAttention(nn.Module):
     """LayerNorm of the latents and of the tokens, then attention from the former to the latter."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, qkv_bias: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(case.latent_dim)
         self.norm_context = nn.LayerNorm(case.channels)
-        self.fn = Attention(case.latent_dim, case.channels, case.heads, case.head_dim)
+        self.fn = Attention(case.latent_dim, case.channels, case.heads, case.head_dim, qkv_bias)
 
     def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
         return self.fn(self.norm(latents), self.norm_context(tokens))
@@ -133,20 +143,22 @@ class ExpertCrossAttention(Layer):
     """
 
     layer: CrossAttention
+    positions: Tensor
 
     def __init__(self, case: Case, cached: bool = False) -> None:
         super().__init__()
         self.case, self.cached = case, cached
         self.layer = CrossAttention(case)
         if cached:
-            self.positions = encode(torch.empty(1, *case.shape, 0), axis_tables(case)).view(1, *case.shape, -1)
+            positions = encode(torch.empty(1, *case.shape, 0), axis_tables(case)).view(1, *case.shape, -1)
+            self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
         return self.layer(latents, self.tokens(image))
 
     def tokens(self, image: Tensor) -> Tensor:
         if not self.cached:
-            return encode(image, axis_tables(self.case, image.dtype))
+            return encode(image, axis_tables(self.case, image.dtype, image.device))
         positions = self.positions.expand(*image.shape[:-1], -1)
         return torch.cat([image, positions], dim=-1).flatten(1, -2)
 
@@ -168,9 +180,9 @@ class ExactCrossAttention(Layer):
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
         attention = self.layer.fn
         q = split_heads(attention.to_q(self.layer.norm(latents.double())), self.case.heads)
-        tables = axis_tables(self.case, torch.float64)
+        tables = axis_tables(self.case, torch.float64, image.device)
         step = max(1, self.tokens_per_chunk // math.prod(self.case.shape[1:]))
-        out, lse = torch.zeros((), dtype=torch.float64), torch.full((), -math.inf, dtype=torch.float64)
+        out, lse = image.new_zeros((), dtype=torch.float64), image.new_full((), -math.inf, dtype=torch.float64)
         for part, table in zip(image.split(step, dim=1), tables[0].split(step), strict=True):
             part_out, part_lse = checkpoint(self.attend, q, part, [table, *tables[1:]], use_reentrant=False)
             merged = torch.logaddexp(lse, part_lse)
@@ -216,27 +228,128 @@ class PlainPerceiver(nn.Module):
         return self.to_logits(x.mean(dim=1))
 
 
-class PlainTower(nn.Module):
-    """The latent tower of the released models: pre-norm self-attention and MLP, `layers` times, each with a residual.
+class Residuals(nn.ModuleList):
+    """Modules one after the other, each adding to what it was given."""
 
-    Maps (batch, N, dim) to (batch, N, dim); queries, keys and values have biases.
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = x + module(x)
+        return x
+
+
+def tower_layers(dim: int, layers: int, heads: int, mult: int) -> nn.ModuleList:
+    """Pre-norm self-attention and MLP of the released models; queries, keys and values have biases."""
+    return nn.ModuleList(
+        Residuals(
+            [
+                PreNorm(dim, Attention(dim, dim, heads, dim // heads, qkv_bias=True)),
+                PreNorm(dim, MLP(dim, mult)),
+            ]
+        )
+        for _ in range(layers)
+    )
+
+
+class PlainTower(nn.Module):
+    """The latent tower of the released models, (batch, N, dim) -> (batch, N, dim)."""
 
     def __init__(self, dim: int, layers: int, heads: int, mult: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PreNorm(dim, Attention(dim, dim, heads, dim // heads, qkv_bias=True)),
-                    PreNorm(dim, MLP(dim, mult)),
-                ]
-            )
-            for _ in range(layers)
-        )
+        self.layers = tower_layers(dim, layers, heads, mult)
 
     def forward(self, x: Tensor) -> Tensor:
-        for pair in self.layers:
-            attention, mlp = cast(nn.ModuleList, pair)
-            x = x + attention(x)
-            x = x + mlp(x)
+        for layer in self.layers:
+            x = layer(x)
         return x
+
+
+class PlainOfficial(nn.Module):
+    """The released ImageNet model: one cross-attention, `layers` tied over `blocks`, a decoder of one query.
+
+    Cross-attentions have one head as wide as a token, and of the decoder as wide as a latent. Maps (batch, *shape, 3)
+    to (batch, num_classes). Features stand axis after axis in a token; the per-axis tables are kept.
+
+    Args:
+        case: the encoder's cross-attention.
+    """
+
+    def __init__(self, case: Case, layers: int, blocks: int, heads: int, num_classes: int = 1000) -> None:
+        super().__init__()
+        dim = case.latent_dim
+        self.case, self.blocks = case, blocks
+        self.latents = nn.Parameter(torch.randn(case.num_latents, dim))
+        self.cross = CrossAttention(case, qkv_bias=True)
+        self.cross_ff = PreNorm(dim, MLP(dim, 1))
+        self.layers = tower_layers(dim, layers, heads, mult=1)
+        self.query = nn.Parameter(torch.randn(1, dim))
+        # A case without axes: its tokens are data, here the latents, alone.
+        self.decoder = CrossAttention(Case("decoder", "", (), 0, 0.0, dim, 1, dim, 1, dim), qkv_bias=True)
+        self.decoder_ff = PreNorm(dim, MLP(dim, 1))
+        self.to_logits = nn.Linear(dim, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.latents[None]
+        x = x + self.cross(x, encode(image, kept_tables(self.case, image.dtype, image.device)))
+        x = x + self.cross_ff(x)
+        for _ in range(self.blocks):
+            for layer in self.layers:
+                x = layer(x)
+        query = self.query[None]
+        query = query + self.decoder(query, x)
+        query = query + self.decoder_ff(query)
+        return self.to_logits(query[:, 0])
+
+
+class PlainModel(nn.Module):
+    """perceiver-pytorch's whole Perceiver with SDPA, by its arguments and with its names of parameters.
+
+    Tokens are built once per call. What this library's benchmarks do not use of it is left out: masks, dropout.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: Sequence[int],
+        num_freq_bands: int,
+        max_freq: float,
+        depth: int,
+        input_channels: int,
+        num_latents: int,
+        latent_dim: int,
+        cross_heads: int = 1,
+        cross_dim_head: int = 64,
+        latent_heads: int = 8,
+        latent_dim_head: int = 64,
+        self_per_cross_attn: int = 1,
+        weight_tie_layers: bool = False,
+        num_classes: int = 1000,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        case = Case("", "", tuple(shape), num_freq_bands, max_freq, input_channels, num_latents, latent_dim)
+        self.case = case = dataclasses.replace(case, heads=cross_heads, head_dim=cross_dim_head)
+        self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
+
+        def pair() -> Residuals:
+            attention = Attention(latent_dim, latent_dim, latent_heads, latent_dim_head)
+            return Residuals([PreNorm(latent_dim, attention), PreNorm(latent_dim, FeedForward(latent_dim))])
+
+        def block() -> nn.ModuleDict:
+            self_attns = nn.ModuleList(pair() for _ in range(self_per_cross_attn))
+            cross_ff = PreNorm(latent_dim, FeedForward(latent_dim))
+            return nn.ModuleDict({"cross_attn": CrossAttention(case), "cross_ff": cross_ff, "self_attns": self_attns})
+
+        blocks = [block() for _ in range(min(depth, 2) if weight_tie_layers else depth)]
+        self.layers = nn.ModuleList(blocks + blocks[-1:] * (depth - len(blocks)))
+        self.to_logits = nn.Sequential(nn.Identity(), nn.LayerNorm(latent_dim), nn.Linear(latent_dim, num_classes))
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = encode(image, kept_tables(self.case, image.dtype, image.device))
+        x = self.latents[None]
+        for block in self.layers:
+            parts = cast(nn.ModuleDict, block)
+            x = x + parts["cross_attn"](x, tokens)
+            x = x + parts["cross_ff"](x)
+            for pair in cast(nn.ModuleList, parts["self_attns"]):
+                x = pair(x)
+        return self.to_logits(x.mean(dim=1))

@@ -31,6 +31,7 @@ class Provider:
         missing: why it cannot run here, or None.
         perceiver: builds the whole Perceiver around the layer, called with (image).
         compiled: whether its first call compiles, so that only the second shows its memory.
+        graph: whether it runs as one CUDA graph.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Provider:
     missing: Callable[[], str | None] = lambda: None
     perceiver: Callable[[Case], nn.Module] | None = None
     compiled: bool = False
+    graph: bool = False
 
     def bytes_needed(self, case: Case, mode: str) -> int:
         """Peak memory beyond image and parameters, estimated, so that nothing is run into the ground."""
@@ -72,17 +74,19 @@ class PerceiverPytorchCrossAttention(Layer):
         self.layer = PreNorm(case.latent_dim, attention, context_dim=case.channels)
 
     def forward(self, latents: Tensor, image: Tensor) -> Tensor:
-        positions = perceiver_pytorch_encoding(self.case, image.shape[0], image.dtype)
+        positions = perceiver_pytorch_encoding(self.case, image.shape[0], image.dtype, image.device)
         context = torch.cat((image, positions), dim=-1).flatten(1, -2)
         return self.layer(latents.repeat(image.shape[0], 1, 1), context=context)
 
 
-def perceiver_pytorch_encoding(case: Case, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def perceiver_pytorch_encoding(
+    case: Case, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
     """The encoded positions (batch, *shape, E), repeated over the batch as perceiver-pytorch's Perceiver does."""
     from einops import repeat
     from perceiver_pytorch.perceiver_pytorch import fourier_encode
 
-    axes = [torch.linspace(-1.0, 1.0, steps=size, dtype=dtype) for size in case.shape]
+    axes = [torch.linspace(-1.0, 1.0, steps=size, dtype=dtype, device=device) for size in case.shape]
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     encoded = fourier_encode(positions, case.max_freq, case.num_bands).flatten(-2)
     return repeat(encoded, "... -> b ...", b=batch)
