@@ -12,6 +12,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends.reference import absorbed_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.fourier_encode import FourierBands
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "absorbed_attention"
 COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -202,13 +203,12 @@ def explain(
     return dispatch.describe(_call(a, x, mask, dropout_p))
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
 _ARGUMENTS = (
     "Tensor a, Tensor? x, Tensor? positions, Tensor? mask, Tensor? random, float[] frequencies, bool grouped, "
     "bool concat_pos, bool sine_only, float? eps, float dropout_p"
 )
-library.define(f"absorbed_attention_fwd({_ARGUMENTS}) -> (Tensor acc, Tensor lse, Tensor total)")
-library.define(
+define(f"absorbed_attention_fwd({_ARGUMENTS}) -> (Tensor acc, Tensor lse, Tensor total)")
+define(
     f"absorbed_attention_bwd({_ARGUMENTS}, Tensor acc, Tensor lse, Tensor total, Tensor d_acc, Tensor d_lse, "
     "Tensor d_total, bool needs_a, bool needs_x) -> (Tensor d_a, Tensor d_x)"
 )
@@ -290,15 +290,4 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     return d_a, d_x, *(None,) * 9
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("absorbed_attention has no second derivatives; use the formula in plain PyTorch for those")
-
-
-library.impl("absorbed_attention_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("absorbed_attention_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::absorbed_attention_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::absorbed_attention_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::absorbed_attention_fwd", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("perceiver_kernels::absorbed_attention_bwd", _no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward)

@@ -13,6 +13,7 @@ from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import cross_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.latent_attention import COMPUTE_DTYPES, DTYPES, _autocast, _check
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "cross_attention"
 MAX_HEAD_DIM = 1024
@@ -120,12 +121,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, drop
     return dispatch.describe(_call(q, v, mask, dropout_p))
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define(
+define(
     "cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? random, float scale, float dropout_p) "
     "-> (Tensor out, Tensor lse)"
 )
-library.define(
+define(
     "cross_attention_bwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? random, float scale, float dropout_p, "
     "Tensor out, Tensor lse, Tensor d_out) -> (Tensor d_q, Tensor d_k, Tensor d_v)"
 )
@@ -183,15 +183,4 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     return (*wanted, None, None, None, None)
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("cross_attention has no second derivatives; use the formula in plain PyTorch for those")
-
-
-library.impl("cross_attention_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("cross_attention_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::cross_attention_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::cross_attention_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::cross_attention_fwd", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("perceiver_kernels::cross_attention_bwd", _no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward)

@@ -24,6 +24,7 @@ from perceiver_kernels.ops.linear import (
     result_dtype,
     runs_composed,
 )
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "feed_forward"
 # Of the rows that a program of LayerNorm holds at once.
@@ -175,13 +176,12 @@ def _check(
     )  # fmt: skip
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
 _PARAMETERS = "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight_in, Tensor? bias_in, Tensor weight_out"
-library.define(
+define(
     f"feed_forward_fwd({_PARAMETERS}, Tensor? bias_out, Tensor? residual, str activation, float eps, "
     "ScalarType compute_dtype, ScalarType dtype, bool save_hidden) -> (Tensor out, Tensor hidden)"
 )
-library.define(
+define(
     f"feed_forward_bwd(Tensor d_out, {_PARAMETERS}, Tensor hidden, str activation, float eps, bool[] needs) "
     "-> (Tensor d_x, Tensor d_norm_weight, Tensor d_norm_bias, Tensor d_weight_in, Tensor d_bias_in, "
     "Tensor d_weight_out)"
@@ -270,15 +270,4 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     return *gradients, d_bias_out, d_residual, *(None,) * 5
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("feed_forward has no second derivatives; use F.layer_norm, F.linear and F.gelu for those")
-
-
-library.impl("feed_forward_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("feed_forward_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::feed_forward_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::feed_forward_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::feed_forward_fwd", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("perceiver_kernels::feed_forward_bwd", _no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward, "F.layer_norm, F.linear and F.gelu")

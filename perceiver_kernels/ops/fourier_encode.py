@@ -16,6 +16,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import fourier_encode as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.registration import define, differentiate, implement
 
 OP = "fourier_encode"
 ORDERS = ("per_axis", "grouped")
@@ -290,14 +291,13 @@ def check_out(out: Tensor, source: Tensor | None, source_name: str) -> None:
         raise ValueError(f"out is given, must be None for {source_name} that requires a gradient")
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define("fourier_encode_grid(Tensor[] tables, int[] sections, Tensor? data, SymInt batch) -> Tensor")
-library.define("fourier_encode_grid_out(Tensor[] tables, int[] sections, Tensor? data, Tensor(a!) out) -> ()")
-library.define(
+define("fourier_encode_grid(Tensor[] tables, int[] sections, Tensor? data, SymInt batch) -> Tensor")
+define("fourier_encode_grid_out(Tensor[] tables, int[] sections, Tensor? data, Tensor(a!) out) -> ()")
+define(
     "fourier_encode_points(Tensor positions, float[] frequencies, bool grouped, bool concat_pos, bool sine_only, "
     "ScalarType dtype) -> Tensor"
 )
-library.define(
+define(
     "fourier_encode_points_out(Tensor positions, float[] frequencies, bool grouped, bool concat_pos, bool sine_only, "
     "Tensor(a!) out) -> ()"
 )
@@ -368,17 +368,9 @@ def _points_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return gradient.to(positions.dtype), None, None, None, None, None
 
 
-for name, implementation, fake in (
-    ("fourier_encode_grid", _grid, _grid_fake),
-    ("fourier_encode_grid_out", _grid_out, _nothing),
-    ("fourier_encode_points", _points, _points_fake),
-    ("fourier_encode_points_out", _points_out, _nothing),
-):
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"perceiver_kernels::{name}", fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::fourier_encode_grid", _grid_backward, setup_context=_grid_setup_context, lib=library
-)
-torch.library.register_autograd(
-    "perceiver_kernels::fourier_encode_points", _points_backward, setup_context=_points_setup_context, lib=library
-)
+implement("fourier_encode_grid", _grid, _grid_fake)
+implement("fourier_encode_grid_out", _grid_out, _nothing)
+implement("fourier_encode_points", _points, _points_fake)
+implement("fourier_encode_points_out", _points_out, _nothing)
+differentiate("fourier_encode_grid", _grid_setup_context, _grid_backward)
+differentiate("fourier_encode_points", _points_setup_context, _points_backward)

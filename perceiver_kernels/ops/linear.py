@@ -14,6 +14,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import matrix_product, native, native_linear
 from perceiver_kernels.backends.reference import linear as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "linear"
 ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
@@ -199,12 +200,11 @@ def check_like(x: Tensor, autocast: bool, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device}, must be on {x.device} as x is")
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define(
+define(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, ScalarType compute_dtype, "
     "ScalarType dtype, bool save_product) -> (Tensor out, Tensor product)"
 )
-library.define(
+define(
     "linear_bwd(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor product, str activation, bool needs_x, "
     "bool needs_weight, bool needs_bias) -> (Tensor d_x, Tensor d_weight, Tensor d_bias)"
 )
@@ -313,13 +313,4 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Any, ..
     )
 
 
-def no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("an activated linear has no second derivatives; use F.linear and F.gelu for those")
-
-
-library.impl("linear_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("linear_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::linear_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::linear_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd("perceiver_kernels::linear_fwd", _backward, setup_context=_setup_context, lib=library)
-torch.library.register_autograd("perceiver_kernels::linear_bwd", no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward, "F.linear and F.gelu")

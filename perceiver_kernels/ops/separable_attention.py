@@ -15,6 +15,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_attention as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "separable_attention"
 MAX_AXES = 4
@@ -304,12 +305,11 @@ def explain(
     return dispatch.describe(call)
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define(
+define(
     "separable_attention_fwd(Tensor form, Tensor x, Tensor? r, Tensor? mask, Tensor? random, float dropout_p) "
     "-> (Tensor sums, Tensor lse, Tensor total)"
 )
-library.define(
+define(
     "separable_attention_bwd(Tensor form, Tensor x, Tensor? r, Tensor? mask, Tensor? random, float dropout_p, "
     "Tensor sums, Tensor lse, Tensor total, Tensor d_sums, Tensor d_lse, Tensor d_total, "
     "bool needs_form, bool needs_x, bool needs_r) -> (Tensor d_form, Tensor d_x, Tensor d_r)"
@@ -385,15 +385,4 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     return d_form, d_x, d_r, None, None, None
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("separable_attention has no second derivatives; use the formula in plain PyTorch for those")
-
-
-library.impl("separable_attention_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("separable_attention_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::separable_attention_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::separable_attention_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::separable_attention_fwd", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("perceiver_kernels::separable_attention_bwd", _no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward)

@@ -13,6 +13,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_layer_norm as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.registration import define, differentiate, implement
 
 OP = "separable_layer_norm"
 MAX_AXES = 4
@@ -111,8 +112,7 @@ def separable_layer_norm(
     )
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define(
+define(
     "separable_layer_norm(Tensor x, Tensor[] sums, Tensor[] squares, Tensor? x_scale, Tensor? x_shift, "
     "int feature_channels, float eps) -> Tensor"
 )
@@ -166,8 +166,5 @@ def _backward(ctx: Any, d_r: Tensor) -> tuple[Any, ...]:
     return d_x, none, none, None, None, None, None
 
 
-library.impl("separable_layer_norm", _fwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::separable_layer_norm", _fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::separable_layer_norm", _backward, setup_context=_setup_context, lib=library
-)
+implement("separable_layer_norm", _fwd, _fake)
+differentiate("separable_layer_norm", _setup_context, _backward)

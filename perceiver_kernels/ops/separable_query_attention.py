@@ -14,6 +14,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import matrix_product, native
 from perceiver_kernels.backends.reference import separable_query_attention as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.registration import define, register_pair
 
 OP = "separable_query_attention"
 MAX_AXES = 4
@@ -223,12 +224,11 @@ def explain(
     return dispatch.describe(_call(tables[0], v, mask, len(tables), dropout_p))
 
 
-library = torch.library.Library("perceiver_kernels", "FRAGMENT")
-library.define(
+define(
     "separable_query_attention_fwd(Tensor form, Tensor v, Tensor? h, Tensor? x, Tensor? r, Tensor? mask, "
     "Tensor? random, SymInt[] grid, float dropout_p) -> (Tensor out, Tensor lse)"
 )
-library.define(
+define(
     "separable_query_attention_bwd(Tensor form, Tensor v, Tensor? h, Tensor? x, Tensor? r, Tensor? mask, "
     "Tensor? random, SymInt[] grid, float dropout_p, Tensor out, Tensor lse, Tensor d_out, "
     "bool needs_form, bool needs_v, bool needs_h, bool needs_x, bool needs_r) "
@@ -323,17 +323,4 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     return (*gradients, None, None, None, None)
 
 
-def _no_second_derivatives(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "separable_query_attention has no second derivatives; use the formula in plain PyTorch for those"
-    )
-
-
-library.impl("separable_query_attention_fwd", _fwd, "CompositeExplicitAutograd")
-library.impl("separable_query_attention_bwd", _bwd, "CompositeExplicitAutograd")
-torch.library.register_fake("perceiver_kernels::separable_query_attention_fwd", _fwd_fake, lib=library)
-torch.library.register_fake("perceiver_kernels::separable_query_attention_bwd", _bwd_fake, lib=library)
-torch.library.register_autograd(
-    "perceiver_kernels::separable_query_attention_fwd", _backward, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd("perceiver_kernels::separable_query_attention_bwd", _no_second_derivatives, lib=library)
+register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward)
