@@ -114,7 +114,7 @@ def test_preparing_backward_compiles() -> None:
     assert figures(Build(name, signature, constants, stages=1)).spills == 0
 
 
-@pytest.mark.parametrize(("data", "channels", "warps", "tile"), [("*fp32", 3, 1, (16, 64)), ("*bf16", 64, 4, (32, 64))])
+@pytest.mark.parametrize(("data", "channels", "warps", "tile"), [("*fp32", 3, 1, (8, 64)), ("*bf16", 128, 8, (16, 32))])
 def test_gradients_of_tokens_compile(data: str, channels: int, warps: int, tile: tuple[int, int]) -> None:
     signature = dict.fromkeys(("form", "upstream", "statistics", "r", "d_r"), "*fp32")
     signature |= {"x": data, "d_x": data, "mask": "*i1", "seed": "i64", "threshold": "i64", "keep_scale": "fp32"}

@@ -1256,7 +1256,7 @@ def _tokens_gradients(
     d_x: Tensor,
     d_r: Tensor,
 ) -> None:
-    choice = Tiles(16, 64, warps=1) if geometry.few_channels else Tiles(32, 64, warps=4)
+    choice = Tiles(8, 64, warps=1) if geometry.few_channels else Tiles(16, 32, warps=8)
     by_rows, d_by_rows = form.transpose(1, 2).contiguous(), d_sums.transpose(1, 2).contiguous()
     programs = triton.cdiv(geometry.columns * geometry.outer, choice.columns) * geometry.batch
     separable_attention_bwd_tokens_kernel[(programs,)](
