@@ -5,9 +5,12 @@ from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.graphs import graphed, warmup
 from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
+from perceiver_kernels.ops.absorbed_attention import absorbed_attention
+from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
 from perceiver_kernels.ops.separable_attention import SeparableState, separable_attention
+from perceiver_kernels.ops.separable_query_attention import separable_query_attention
 
 __version__ = "0.1.0"
 
@@ -20,11 +23,14 @@ __all__ = [
     "Perceiver",
     "SelfAttention",
     "SeparableState",
+    "absorbed_attention",
+    "cross_attention",
     "explain",
     "fourier_encode",
     "graphed",
     "latent_attention",
     "separable_attention",
+    "separable_query_attention",
     "use_backend",
     "warmup",
 ]

@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from perceiver_kernels.ops import feed_forward, fourier_encode, latent_attention, linear, separable_attention
+from perceiver_kernels.ops import (
+    absorbed_attention,
+    cross_attention,
+    feed_forward,
+    fourier_encode,
+    latent_attention,
+    linear,
+    separable_attention,
+    separable_query_attention,
+)
 
 _EXPLANATIONS: dict[str, Callable[..., str]] = {
-    op.OP: op.explain for op in (feed_forward, fourier_encode, latent_attention, linear, separable_attention)
+    op.OP: op.explain
+    for op in (
+        absorbed_attention,
+        cross_attention,
+        feed_forward,
+        fourier_encode,
+        latent_attention,
+        linear,
+        separable_attention,
+        separable_query_attention,
+    )
 }
 
 
