@@ -100,7 +100,7 @@ def test_merging_compiles(forward: bool) -> None:
     constants: dict[str, Any] = {"C": 3, "AXES": 2, "FORWARD": forward, "ENTRIES": 16, "ROWS": 32, "COLUMNS": 8}
     constants |= {"SLOTS": 8} | ({} if forward else dict.fromkeys(softmax))
     signature |= softmax if forward else {}
-    found = figures(Build("separable_attention:separable_attention_merge_kernel", signature, constants, stages=1))
+    found = figures(Build("separable_merge:separable_merge_kernel", signature, constants, stages=1))
     assert found.spills == 0
 
 
@@ -124,5 +124,5 @@ def test_gradients_of_tokens_compile(data: str, channels: int, warps: int, tile:
         "FEW": channels <= 4, "CHANNELS": max(channels, 16), "ROWS": tile[0], "TOKENS": tile[1],
         "PRECISION": "ieee", "INTERPRETED": False,
     }  # fmt: skip
-    name = "separable_attention:separable_attention_bwd_tokens_kernel"
+    name = "separable_attention_tokens:separable_attention_bwd_tokens_kernel"
     assert figures(Build(name, signature, constants, warps=warps)).spills == 0
