@@ -584,7 +584,7 @@ def build(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> Build:
     }  # fmt: skip
     constants: dict[str, Any] = {
         "DIM": head_dim, "DIM_V": head_dim, "WIDTH": head_dim, "WIDTH_V": head_dim, "ROWS": choice.rows,
-        "COLUMNS": choice.columns, "EVEN": True, "DROPOUT": False, "PRECISION": "ieee", "FLUSH": True,
+        "COLUMNS": choice.columns, "EVEN": True, "DROPOUT": False, "PRECISION": "ieee", "COMPILED": True,
         **({"NEGATIVE": False} if kernel == "fwd" else {}),
     }  # fmt: skip
     name = f"latent_attention:latent_attention_{kernel}_kernel"

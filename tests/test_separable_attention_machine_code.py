@@ -22,7 +22,7 @@ def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any
     pointers = ["form", "tokens", "states", "outer_sums", "column_sums"]
     constants: dict[str, Any] = {
         "C": 3, "AXES": 2, "WITH_R": True, "MASKED": False, "DROPOUT": False, "FEW": True,
-        "ROWS": rows, "COLUMNS": columns, "INTERPRETED": False,
+        "ROWS": rows, "COLUMNS": columns, "COMPILED": True,
     }  # fmt: skip
     if kernel == "fwd":
         pointers.append("extents")
@@ -122,7 +122,7 @@ def test_gradients_of_tokens_compile(data: str, channels: int, warps: int, tile:
     constants = ONE_OUTER_AXIS | {
         "C": channels, "AXES": 2, "WITH_R": True, "MASKED": True, "DROPOUT": False, "NEEDS_X": True, "NEEDS_R": True,
         "FEW": channels <= 4, "CHANNELS": max(channels, 16), "ROWS": tile[0], "TOKENS": tile[1],
-        "PRECISION": "ieee", "INTERPRETED": False,
+        "PRECISION": "ieee", "COMPILED": True,
     }  # fmt: skip
     name = "separable_attention_tokens:separable_attention_bwd_tokens_kernel"
     assert figures(Build(name, signature, constants, warps=warps)).spills == 0

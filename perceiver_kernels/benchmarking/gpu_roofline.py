@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import exp2
 from perceiver_kernels.benchmarking.gpu_cases import Plan
 from perceiver_kernels.benchmarking.measure import Call, interleave
 
@@ -20,19 +21,14 @@ STEPS = 16
 
 @triton.jit
 def exp2_rate_kernel(  # type: ignore[no-untyped-def]
-    x, rounds, BLOCK: tl.constexpr, STEPS: tl.constexpr, INTERPRETED: tl.constexpr
+    x, rounds, BLOCK: tl.constexpr, STEPS: tl.constexpr, COMPILED: tl.constexpr
 ):
     """x = 2^-x again and again, in registers: the special-function unit alone, without care for subnormal numbers."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place)
     for _ in range(rounds):
         for _ in tl.static_range(STEPS):
-            if INTERPRETED:
-                value = tl.exp2(-value)
-            else:
-                value = tl.inline_asm_elementwise(
-                    "ex2.approx.ftz.f32 $0, $1;", "=f,f", [-value], dtype=tl.float32, is_pure=True, pack=1
-                )
+            value = exp2(-value, COMPILED)
     tl.store(x + place, value)
 
 
@@ -48,7 +44,7 @@ def rates(plan: Plan, device: str, budget: float, min_rounds: int) -> dict[str, 
     products = torch.empty_like(square), torch.empty_like(half)
 
     def exponentiate() -> None:
-        exp2_rate_kernel[(programs,)](x, rounds, BLOCK, STEPS, runtime.interpreting(), num_warps=4)
+        exp2_rate_kernel[(programs,)](x, rounds, BLOCK, STEPS, not runtime.interpreting(), num_warps=4)
 
     def multiply(a: Tensor, out: Tensor, tf32: bool = False) -> Call:
         def call() -> None:

@@ -34,12 +34,12 @@ from perceiver_kernels.backends.triton.cross_attention import (
     step_of,
     store_tile,
 )
+from perceiver_kernels.backends.triton.exponential import LOG2E
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
 
 State = tuple[Tensor, Tensor, Tensor]
 Features = tuple[Sequence[float], bool, bool, bool]
-LOG2_E = tl.constexpr(math.log2(math.e))
 # 12 of a float32's 24 bits: products of two such numbers are exact.
 UPPER_HALF = tl.constexpr(-4096)
 
@@ -230,7 +230,7 @@ def absorbed_attention_fwd_kernel(
             CHANNELS, AXES, WAVES, BANDS, WIDTH, TAIL, WAVE_WIDTH)  # fmt: skip
         _mean, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
         s = over_tokens(a_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
-        s = tl.where(attend[None, :], s * (r * LOG2_E)[None, :], -float("inf"))
+        s = tl.where(attend[None, :], s * (r * LOG2E)[None, :], -float("inf"))
         p, shrink, peak, total = softmax_step(s, peak, total)
         if DROPOUT:
             p *= keep_scales(seed, batch, row[:, None], token[None, :], threshold, keep_scale)
@@ -288,7 +288,7 @@ def absorbed_attention_bwd_rows_kernel(
             CHANNELS, AXES, WAVES, BANDS, WIDTH, TAIL, WAVE_WIDTH)  # fmt: skip
         _mean, r = statistics(data, tail, sine, cosine, eps, DATA, WAVES, COSINES)
         s = over_tokens(a_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
-        p = tl.exp2(s * (r * LOG2_E)[None, :] - point[:, None]) * factor[:, None]
+        p = tl.exp2(s * (r * LOG2E)[None, :] - point[:, None]) * factor[:, None]
         u = over_tokens(d_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
         d_p = u * r[None, :] + d_t[:, None]
         if DROPOUT:
@@ -328,7 +328,7 @@ def absorbed_attention_bwd_tokens_kernel(
         a_rows, d_rows = a + batch * a_batch + row * FORM, d_acc + (batch * rows + row) * FORM
         point, factor, d, d_t = load_state(reference, correction, delta, d_total, batch * rows + row, inside)
         form = over_tokens(a_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
-        p = tl.exp2(form * (r * LOG2_E)[None, :] - point[:, None]) * factor[:, None]
+        p = tl.exp2(form * (r * LOG2E)[None, :] - point[:, None]) * factor[:, None]
         u = over_tokens(d_rows, inside, data, tail, sine, cosine, DATA, WAVES, COSINES, PRECISION)
         kept = p
         if DROPOUT:

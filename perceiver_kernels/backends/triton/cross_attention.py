@@ -6,7 +6,6 @@ Signatures as in backends/reference/cross_attention.py. Results and scratch lie 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import LOG2E
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
 
-LOG2_E = math.log2(math.e)
 MAX_PARTS = 1024
 
 
@@ -138,7 +137,7 @@ def attended(mask, batch, key, end, mask_batch, mask_row):
 def reference_points(lse, at, inside):
     """lse in powers of two, such that a query with nothing to attend to, or none at all, gets weights of zero."""
     natural = tl.load(lse + at, mask=inside, other=-float("inf"))
-    return tl.where(natural == -float("inf"), float("inf"), natural * 1.4426950408889634)
+    return tl.where(natural == -float("inf"), float("inf"), natural * LOG2E)
 
 
 @triton.jit
@@ -458,7 +457,7 @@ def cross_attention_fwd(
         grid = (batch * heads * triton.cdiv(queries, sizes.rows), sizes.parts, channels.count)
         cross_attention_fwd_kernel[grid](
             q, k, v, mask, partial, lse, peaks, totals, *q.stride(), *k.stride(), *v.stride(), *mask_strides,
-            heads, queries, keys, step_of(keys, sizes), lse.numel(), scale * LOG2_E,
+            heads, queries, keys, step_of(keys, sizes), lse.numel(), scale * LOG2E.value,
             seed, threshold(dropout_p), 1 / (1 - dropout_p),
             SPLIT=sizes.parts > 1, ROWS=sizes.rows, COLUMNS=sizes.columns, WIDTH=channels.width, TAIL=channels.tail,
             num_warps=sizes.warps, num_stages=sizes.stages, **_options(q, v, dropout_p, most),
@@ -493,7 +492,7 @@ def cross_attention_bwd(
     delta = torch.empty_like(lse)
     mask, *mask_strides = mask_arguments(mask)
     strides = (*q.stride(), *k.stride(), *v.stride())
-    numbers = (scale * LOG2_E, scale, seed, threshold(dropout_p), 1 / (1 - dropout_p))
+    numbers = (scale * LOG2E.value, scale, seed, threshold(dropout_p), 1 / (1 - dropout_p))
     most = limits(q, k, v, out, d_out)
     options, problem = _options(q, v, dropout_p, most), _problem(q, v)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -13,20 +12,9 @@ from torch import Tensor
 
 from perceiver_kernels.backends.native import rows_first
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import LN2, LOG2E, exp2
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
-
-LOG2_E = math.log2(math.e)
-LN_2: tl.constexpr = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def exp2(x, FLUSH: tl.constexpr):
-    """2^x. FLUSH: to 0 where the result is subnormal, which spares four instructions; not in the interpreter."""
-    if FLUSH:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -76,7 +64,7 @@ def latent_attention_fwd_kernel(
     heads, queries, keys, score_scale, seed, threshold, keep_scale,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, NEGATIVE: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, FLUSH: tl.constexpr,
+    PRECISION: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """out and lse of ROWS queries. score_scale is |scale| log2(e), so that a greatest product is a greatest score."""
     batch, head, row = program(heads, queries, ROWS)
@@ -101,8 +89,8 @@ def latent_attention_fwd_kernel(
         highest = tl.maximum(highest, tl.max(product, 1))
         # Where no product has been finite yet, weights are 0, not the NaN of a difference of infinities.
         base = tl.where(highest == -float("inf"), 0.0, highest * score_scale)
-        weight = exp2(product * score_scale - base[:, None], FLUSH)
-        rescale = exp2(before * score_scale - base, FLUSH)
+        weight = exp2(product * score_scale - base[:, None], COMPILED)
+        rescale = exp2(before * score_scale - base, COMPILED)
         total = total * rescale + tl.sum(weight, 1)
         if DROPOUT:
             weight *= keep_scales(seed, batch, (head * queries + row)[:, None], token[None, :], threshold, keep_scale)
@@ -111,7 +99,7 @@ def latent_attention_fwd_kernel(
         k_pointers += COLUMNS * tl.cast(k_row, tl.int64)
         v_pointers += COLUMNS * tl.cast(v_row, tl.int64)
     nothing = highest == -float("inf")
-    log_total = tl.where(nothing, highest, (highest * score_scale + tl.log2(total)) * LN_2)
+    log_total = tl.where(nothing, highest, (highest * score_scale + tl.log2(total)) * LN2)
     tl.store(lse + (batch * heads + head) * queries + row, log_total, mask=row < queries)
     acc = acc / tl.where(nothing, 1.0, total)[:, None]
     store_tile(results(out, batch, head, row, channel_v, heads, queries, DIM_V), acc, row, queries, channel_v, DIM_V)
@@ -121,7 +109,7 @@ def latent_attention_fwd_kernel(
 def load_log2_total(lse, batch, head, row, heads, queries):
     """log2 of the total weight of rows, +inf (then every weight is 0) for those that have none or do not exist."""
     value = tl.load(lse + (batch * heads + head) * queries + row, mask=row < queries, other=-float("inf"))
-    return tl.where(value == -float("inf"), float("inf"), value * (1 / LN_2))
+    return tl.where(value == -float("inf"), float("inf"), value * LOG2E)
 
 
 @triton.jit(do_not_specialize=("seed", "threshold"))
@@ -131,7 +119,7 @@ def latent_attention_bwd_queries_kernel(
     heads, queries, keys, scale, score_scale, seed, threshold, keep_scale,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, FLUSH: tl.constexpr,
+    PRECISION: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """d_q and delta = sum(d_out * out) of ROWS queries."""
     batch, head, row = program(heads, queries, ROWS)
@@ -157,7 +145,7 @@ def latent_attention_bwd_queries_kernel(
         k_tile = load_tile(k_pointers, token, keys, channel, EVEN, DIM, WIDTH)
         v_tile = load_tile(v_pointers, token, keys, channel_v, EVEN, DIM_V, WIDTH_V)
         product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        weight = exp2(product * score_scale - log2_total[:, None], FLUSH)
+        weight = exp2(product * score_scale - log2_total[:, None], COMPILED)
         d_weight = tl.dot(d_out_tile, tl.trans(v_tile), input_precision=PRECISION)
         if DROPOUT:
             d_weight *= keep_scales(seed, batch, (head * queries + row)[:, None], token[None, :], threshold, keep_scale)
@@ -177,7 +165,7 @@ def latent_attention_bwd_keys_kernel(
     heads, queries, keys, scale, score_scale, seed, threshold, keep_scale,
     DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, FLUSH: tl.constexpr,
+    PRECISION: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of ROWS keys, from tiles of (keys, queries)."""
     batch, head, token = program(heads, keys, ROWS)
@@ -203,7 +191,7 @@ def latent_attention_bwd_keys_kernel(
         q_tile = load_tile(q_pointers, row, queries, channel, EVEN, DIM, WIDTH)
         log2_total = load_log2_total(lse, batch, head, row, heads, queries)
         product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        weight = exp2(product * score_scale - log2_total[None, :], FLUSH)
+        weight = exp2(product * score_scale - log2_total[None, :], COMPILED)
         d_out_tile = load_tile(d_out_pointers, row, queries, channel_v, EVEN, DIM_V, WIDTH_V)
         row_delta = tl.load(delta + (batch * heads + head) * queries + row, mask=row < queries, other=0.0)
         d_weight = tl.dot(v_tile, tl.trans(d_out_tile), input_precision=PRECISION)
@@ -272,7 +260,7 @@ def _launch(
         "WIDTH": tiles.next_power_of_2(dim, 16),
         "WIDTH_V": tiles.next_power_of_2(dim_v, 16),
         "PRECISION": runtime.input_precision(q.dtype),
-        "FLUSH": not runtime.interpreting(),
+        "COMPILED": not runtime.interpreting(),
         **options,
     }
 
@@ -317,7 +305,7 @@ def latent_attention_fwd(
     queries, keys = q.shape[2], k.shape[2]
     out, lse = rows_first(q, queries, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     # A scale of 0 times the -inf of a token that does not exist would be NaN.
-    score_scale = max(abs(scale) * LOG2_E, torch.finfo(torch.float32).tiny)
+    score_scale = max(abs(scale) * LOG2E.value, torch.finfo(torch.float32).tiny)
     arguments = (
         q, k, v, out, lse, *_strides(q, k, v), q.shape[1], queries, keys, score_scale,
         *_dropout(dropout_p, seed),
@@ -339,7 +327,7 @@ def latent_attention_bwd(
     d_q, d_k, d_v = (rows_first(tensor, *tensor.shape[2:]) for tensor in (q, k, v))
     delta = torch.empty_like(lse)
     shared = (
-        *_strides(q, k, v, d_out), q.shape[1], queries, keys, scale, scale * LOG2_E, *_dropout(dropout_p, seed),
+        *_strides(q, k, v, d_out), q.shape[1], queries, keys, scale, scale * LOG2E.value, *_dropout(dropout_p, seed),
     )  # fmt: skip
     _launch(
         latent_attention_bwd_queries_kernel, "latent_attention_bwd_queries", q, v, queries, keys,

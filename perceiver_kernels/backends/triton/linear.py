@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import LOG2E
 from perceiver_kernels.backends.triton.tiles import Tiles
 
 SQRT_HALF: tl.constexpr = tl.constexpr(math.sqrt(0.5))
 INVERSE_SQRT_TWO_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 SQRT_TWO_OVER_PI: tl.constexpr = tl.constexpr(math.sqrt(2 / math.pi))
-LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 CUBIC: tl.constexpr = tl.constexpr(0.044715)
 
 # Rows that a program of the backward pass goes through, summing columns: the order of sums follows from shapes alone.
@@ -28,14 +28,14 @@ def gelu_and_slope(x, TANH: tl.constexpr):
     """x * below(x) and its derivative, below being the normal distribution or what tanh makes of it."""
     if TANH:
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        below = 1 / (1 + tl.exp2((x + CUBIC * x * x * x) * (-2 * SQRT_TWO_OVER_PI * LOG2_E)))
+        below = 1 / (1 + tl.exp2((x + CUBIC * x * x * x) * (-2 * SQRT_TWO_OVER_PI * LOG2E)))
         # Far from 0 the second term is 0; x is kept from overflowing in it.
         near = tl.minimum(tl.maximum(x, -32.0), 32.0)
         slope_of_u = SQRT_TWO_OVER_PI * (1 + 3 * CUBIC * near * near)
         slope = below + 2 * near * below * (1 - below) * slope_of_u
     else:
         below = 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
-        slope = below + x * INVERSE_SQRT_TWO_PI * tl.exp2(x * x * (-0.5 * LOG2_E))
+        slope = below + x * INVERSE_SQRT_TWO_PI * tl.exp2(x * x * (-0.5 * LOG2E))
     return x * below, slope
 
 

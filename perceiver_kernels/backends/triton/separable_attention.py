@@ -18,15 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.separable_attention_tokens import tokens_gradients
 from perceiver_kernels.backends.triton.separable_forms import (
-    LOG2E,
     add_marginals,
     add_outer,
     add_weighted,
     column_table,
     dropout_scales,
-    exp2,
     extent,
     first_token,
     linear_form,
@@ -222,7 +221,7 @@ def separable_attention_fwd_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Sums of 2^(score - reference) of ROWS rows over group_size strips and part_size outer positions.
 
@@ -279,7 +278,7 @@ def separable_attention_fwd_kernel(
             entries = outer_entries(position, sizes, AXES)
             outer_score = outer_sum(outer_tables, entries, stride, live, AXES) * LOG2E
             scores = linear_form(a, table, outer_score, constant, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
-            p = exp2(scores, INTERPRETED)
+            p = exp2(scores, COMPILED)
             if MASKED:
                 p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
             total += tl.sum(p, 0)
@@ -386,7 +385,7 @@ def separable_attention_bwd_rows_kernel(
     FEW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Sums of ds = r dS, the gradients of the form, as forward's kernel leaves its sums."""
     block, slot, batch = program_indices(tl.cdiv(rows, ROWS), groups * parts)
@@ -427,7 +426,7 @@ def separable_attention_bwd_rows_kernel(
             u = linear_form(
                 d_acc, d_marginal, d_outer, constant, upstream, stride, live, token, C, WITH_R, FEW, COLUMNS
             )
-            p = exp2(scores, INTERPRETED)
+            p = exp2(scores, COMPILED)
             if MASKED:
                 p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
             if DROPOUT:

@@ -11,15 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.philox import keep_scales
-from perceiver_kernels.backends.triton.separable_forms import (
-    LOG2E,
-    exp2,
-    outer_entries,
-    outer_indices,
-    outer_sum,
-    program_indices,
-)
+from perceiver_kernels.backends.triton.separable_forms import outer_entries, outer_indices, outer_sum, program_indices
 from perceiver_kernels.backends.triton.separable_geometry import Geometry, dropout_arguments, options
 from perceiver_kernels.backends.triton.tiles import Tiles
 
@@ -116,7 +110,7 @@ def separable_attention_bwd_tokens_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Gradients of TOKENS tokens, sums over all rows; here tokens lie across lanes.
 
@@ -163,7 +157,7 @@ def separable_attention_bwd_tokens_kernel(
         delta, total = tl.load(statistics + 2 * padded_rows + row), tl.load(statistics + 3 * padded_rows + row)
         scores = form_of_tokens(a, data, entries, column, outer_table, live, there, C, AXES, FEW, CHANNELS, PRECISION)
         u = form_of_tokens(d_acc, data, entries, column, outer_table, live, there, C, AXES, FEW, CHANNELS, PRECISION)
-        p = exp2(scores * (factor * LOG2E)[None, :] - reference[:, None], INTERPRETED)
+        p = exp2(scores * (factor * LOG2E)[None, :] - reference[:, None], COMPILED)
         p = tl.where(there, p, 0.0)
         kept = p
         if DROPOUT:

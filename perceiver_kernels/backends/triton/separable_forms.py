@@ -5,15 +5,10 @@
 # Triton's tuples grow by +; it knows no starred expressions.
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 from perceiver_kernels.backends.triton.philox import keep_scales
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit

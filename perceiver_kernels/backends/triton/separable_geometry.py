@@ -100,7 +100,7 @@ def options(geometry: Geometry, r: Tensor | None, mask: Tensor | None, dropout_p
         "MASKED": mask is not None,
         "DROPOUT": dropout_p > 0,
         "FEW": geometry.few_channels,
-        "INTERPRETED": runtime.interpreting(),
+        "COMPILED": not runtime.interpreting(),
         **runtime.LAUNCH_OPTIONS,
     }
 

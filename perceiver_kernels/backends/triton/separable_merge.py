@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
-from perceiver_kernels.backends.triton.separable_forms import LN2, program_indices
+from perceiver_kernels.backends.triton.exponential import LN2
+from perceiver_kernels.backends.triton.separable_forms import program_indices
 from perceiver_kernels.backends.triton.separable_geometry import Geometry, Split
 from perceiver_kernels.backends.triton.tiles import Tiles
 
