@@ -1,7 +1,7 @@
 """python benchmarks/gpu_check.py: everything a machine with an NVIDIA GPU can show of this library, in eight minutes.
 
-Needs torch, triton and this checkout, nothing else. Writes a JSON report and its tables to --out, by default the folder
-that $OUT names, else benchmarks/results. Without a GPU it runs through at tiny sizes, in Triton's interpreter.
+Needs torch, triton and this checkout, nothing else. Writes a JSON report and its tables to --out, by default
+benchmarks/results. Without a GPU it runs through at tiny sizes, in Triton's interpreter.
 """
 
 import sys

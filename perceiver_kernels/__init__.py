@@ -5,7 +5,6 @@ from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.graphs import graphed, warmup
 from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
-from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
@@ -23,7 +22,6 @@ __all__ = [
     "Perceiver",
     "SelfAttention",
     "SeparableState",
-    "absorbed_attention",
     "cross_attention",
     "explain",
     "fourier_encode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,14 @@ from perceiver_kernels.backends.triton.runtime import interpreting
 
 HAS_GPU = torch.cuda.is_available() and not interpreting()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU, and kernels compiled for it")]
+
+
+@pytest.fixture(autouse=True)
+def triton_alone() -> Iterator[None]:
+    """Nothing runs as torch's own operators, however small or however fast those are."""
+    with pk.use_backend("triton"):
+        yield
+
 
 FAR = 2**31  # elements between two parts of a tensor whose offsets need 64 bits
 GIB = 2**30
@@ -54,6 +62,17 @@ def latent(device: str, dropout_p: float = 0.0, dtype: torch.dtype = torch.float
     return Work(leaves(device, *[(2, 3, 130, 40)] * 3, dtype=dtype), call)
 
 
+def cross_attention(device: str) -> Work:
+    return Work(leaves(device, (2, 2, 5, 261), (2, 2, 3000, 261), (2, 2, 3000, 261)), pk.cross_attention)
+
+
+def queries(device: str) -> Work:
+    def call(v: Tensor, rows: Tensor, columns: Tensor, r: Tensor) -> Tensor:
+        return pk.separable_query_attention([rows, columns], v, r=r)
+
+    return Work(leaves(device, (2, 2, 33, 40), (1, 2, 33, 20), (1, 2, 33, 17), (2, 20, 17)), call)
+
+
 def module(device: str, module: nn.Module, *sizes: tuple[int, ...], **arguments: object) -> Work:
     """A module's call; its parameters are inputs too, the same tensors at every call."""
     module.to(device)
@@ -73,6 +92,8 @@ WORK: dict[str, Callable[[str], Work]] = {
     "latent_attention": latent,
     "latent_attention with dropout": lambda device: latent(device, 0.3),
     "latent_attention in bfloat16": lambda device: latent(device, dtype=torch.bfloat16),
+    "cross_attention": cross_attention,
+    "separable_query_attention": queries,
     "fourier_encode": lambda device: Work(leaves(device, (2, 50, 2)), lambda x: pk.fourier_encode(x, 8, 16.0)),
     "feed_forward": lambda device: module(device, pk.FeedForward(48), (2, 33, 48)),
     "cross-attention": cross,

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 def run(out: Path, *arguments: str, **variables: str) -> tuple[dict[str, Any], str]:
     """The report and the printed text of a run at tiny sizes."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--tiny", *arguments]
-    environment = {**os.environ, "OUT": str(out), **variables}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--tiny", "--out", str(out), *arguments]
+    environment = {**os.environ, **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (report,) = out.glob("*.json")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import TOLERANCES, assert_no_worse
+from numerics import assert_no_worse
 from shapes import (
     SeparableShape,
     available_backends,
@@ -299,7 +299,7 @@ def check_any_call(
     shape = SeparableShape(batch, 1 if shared else batch, rows, channels, tuple(grid))
     dtype = widest(backend)
     # Scores in the thousands: against 80-bit arithmetic ours are off by up to 557 units, over 400 such cases.
-    amplification = 1024 / TOLERANCES[dtype].ulps if spread == 30.0 else 1.0
+    amplification = 4.0 if spread == 30.0 else 1.0
     inputs = make_inputs(shape, masked=masked, spread=spread, seed=seed)
     check_against_reference(inputs, backend, dtype, amplification=amplification)
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from machine_code import Build, Figures, figures
 
+from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
+
 pytest.importorskip("triton")
 
 INTEGERS = (
@@ -38,9 +40,6 @@ def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any
     name = f"separable_attention:separable_attention_{kernel}_kernel"
     signature |= dict.fromkeys(pointers, "*fp32")
     return figures(Build(name, signature, constants, arch=arch, warps=1, stages=1, aligned=DIVISIBLE))
-
-
-FORWARD_TILES, BACKWARD_TILES = [(128, 8), (64, 16), (32, 16)], [(64, 16), (64, 8), (32, 16)]
 
 
 @pytest.mark.parametrize("tile", FORWARD_TILES, ids=str)

@@ -122,4 +122,4 @@ def by_provider(record: Record) -> dict[str, Record]:
 
 
 def reason(record: Record) -> str:
-    return record.get("left_out") or record.get("left out") or "not measured"
+    return record.get("left out") or "not measured"

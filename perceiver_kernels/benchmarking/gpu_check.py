@@ -67,10 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = os.environ.get("OUT") or ROOT / "benchmarks" / "results"
-    parser.add_argument(
-        "--out", type=Path, default=Path(default), help="folder of the report (default: $OUT, or %(default)s)"
-    )
+    default = ROOT / "benchmarks" / "results"
+    parser.add_argument("--out", type=Path, default=default, help="folder of the report (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="default: %(default)g")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes in the interpreter, as without a GPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import matrix_product, native, native_feed_forward
+from perceiver_kernels.backends import native, native_feed_forward
 from perceiver_kernels.backends.reference import feed_forward as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.linear import (
@@ -194,16 +194,14 @@ def _call(x: Tensor, weight: Tensor) -> dispatch.Call:
 
 def _fwd(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any) -> Any:
     backend = dispatch.select(_call(x, weight_in)).load()
-    with matrix_product.without_autocast(x.device.type):
-        return backend.feed_forward_fwd(x, norm_weight, norm_bias, weight_in, *rest)
+    return backend.feed_forward_fwd(x, norm_weight, norm_bias, weight_in, *rest)
 
 
 def _bwd(
     d_out: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *rest: Any
 ) -> Any:
     backend = dispatch.select(_call(x, weight_in)).load()
-    with matrix_product.without_autocast(x.device.type):
-        return backend.feed_forward_bwd(d_out, x, norm_weight, norm_bias, weight_in, *rest)
+    return backend.feed_forward_bwd(d_out, x, norm_weight, norm_bias, weight_in, *rest)
 
 
 def _fwd_fake(

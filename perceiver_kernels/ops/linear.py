@@ -225,8 +225,7 @@ def _fwd(
     save_product: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(x, weight)).load()
-    with matrix_product.without_autocast(x.device.type):
-        return backend.linear_fwd(x, weight, bias, residual, activation, compute_dtype, dtype, save_product)
+    return backend.linear_fwd(x, weight, bias, residual, activation, compute_dtype, dtype, save_product)
 
 
 def _bwd(
@@ -241,8 +240,7 @@ def _bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(x, weight)).load()
-    with matrix_product.without_autocast(x.device.type):
-        return backend.linear_bwd(d_out, x, weight, bias, product, activation, (needs_x, needs_weight, needs_bias))
+    return backend.linear_bwd(d_out, x, weight, bias, product, activation, (needs_x, needs_weight, needs_bias))
 
 
 def _fwd_fake(

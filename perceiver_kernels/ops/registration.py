@@ -5,10 +5,13 @@ Registered so, torch.compile(fullgraph=True), export and autocast see an op as o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from perceiver_kernels import dispatch
 
@@ -21,9 +24,32 @@ def define(schema: str) -> None:
 
 
 def implement(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Gives a defined operator its code, and what its results are like for tensors without data."""
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    """Gives a defined operator its code, and what its results are like for tensors without data.
+
+    The code runs on its tensors' device, and chooses its dtypes itself: autocast is off.
+    """
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        tensor = _first_tensor(arguments)
+        with _without_autocast(tensor.device.type), torch.cuda.device_of(tensor) if tensor.is_cuda else _AS_IT_IS:
+            return implementation(*arguments)
+
+    library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"perceiver_kernels::{name}", fake, lib=library)
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _first_tensor(arguments: Sequence[Any]) -> Tensor:
+    """Of an operator's arguments, which may begin with a list of tensors."""
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:

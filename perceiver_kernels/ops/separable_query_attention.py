@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import matrix_product, native
+from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_query_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.registration import define, register_pair
@@ -249,8 +249,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
     seed = 0 if random is None else int(random)
-    with matrix_product.without_autocast(form.device.type):
-        return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed)
+    return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed)
 
 
 def _bwd(
@@ -270,10 +269,7 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
     seed = 0 if random is None else int(random)
-    with matrix_product.without_autocast(form.device.type):
-        return backend.separable_query_attention_bwd(
-            form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs
-        )
+    return backend.separable_query_attention_bwd(form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs)
 
 
 def _fwd_fake(

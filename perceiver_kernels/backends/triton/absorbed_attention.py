@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -368,7 +368,7 @@ def columns_of(kernel: str, width: int) -> int:
     return 16 if kernel == "bwd_rows" or (kernel == "fwd" and width > 128) else 32
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured graph may read it
 def split_frequencies(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
     """(2, waves): the upper 12 bits of each frequency, and the rest of it."""
     exact = torch.tensor(frequencies, dtype=torch.float64)
@@ -376,7 +376,7 @@ def split_frequencies(frequencies: tuple[float, ...], device: torch.device) -> T
     return torch.stack([high, (exact - high).float()]).to(device)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a captured graph may read it
 def kernel_order(
     channels: int, axes: int, waves: int, grouped: bool, concat_pos: bool, sine_only: bool, device: torch.device
 ) -> Tensor | None:

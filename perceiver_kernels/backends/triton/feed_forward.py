@@ -86,11 +86,10 @@ def layer_norm_fwd(
     mean, rstd = x.new_empty(2, rows, dtype=torch.float32)
     choice = default_tiles(channels)
     if out.numel():
-        with torch.cuda.device_of(x):
-            layer_norm_fwd_kernel[(triton.cdiv(rows, choice.rows),)](
-                x, weight, bias, out, mean, rstd, *x.stride(), rows, channels, eps,
-                ROWS=choice.rows, COLUMNS=choice.columns, num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
-            )  # fmt: skip
+        layer_norm_fwd_kernel[(triton.cdiv(rows, choice.rows),)](
+            x, weight, bias, out, mean, rstd, *x.stride(), rows, channels, eps,
+            ROWS=choice.rows, COLUMNS=choice.columns, num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
+        )  # fmt: skip
     return out, mean, rstd
 
 
@@ -109,12 +108,11 @@ def layer_norm_bwd(
     d_x = x.new_empty(x.shape) if needs_x else None
     sums = [x.new_empty(parts, channels, dtype=torch.float32) if need else None for need in (needs_weight, needs_bias)]
     if x.numel():
-        with torch.cuda.device_of(x):
-            layer_norm_bwd_kernel[(parts,)](
-                d_out, x, weight, mean, rstd, d_x, *sums, *x.stride(), rows, channels,
-                ROWS=choice.rows, COLUMNS=choice.columns, ROWS_OF_PART=ROWS_OF_PART, num_warps=choice.warps,
-                **runtime.LAUNCH_OPTIONS,
-            )  # fmt: skip
+        layer_norm_bwd_kernel[(parts,)](
+            d_out, x, weight, mean, rstd, d_x, *sums, *x.stride(), rows, channels,
+            ROWS=choice.rows, COLUMNS=choice.columns, ROWS_OF_PART=ROWS_OF_PART, num_warps=choice.warps,
+            **runtime.LAUNCH_OPTIONS,
+        )  # fmt: skip
     d_weight, d_bias = (None if part is None else part.sum(0) for part in sums)
     return d_x, d_weight, d_bias
 

@@ -280,8 +280,7 @@ def _launch(
         dataclasses.replace(default, columns=2 * default.columns),
     )
     problem = (q.dtype, dim, dim_v, options["DROPOUT"], *map(tiles.next_power_of_2, (heads_in_all, rows, columns)))
-    with torch.cuda.device_of(q):
-        run(tiles.choose(name, problem, default, candidates, run))
+    run(tiles.choose(name, problem, default, candidates, run))
 
 
 def _channels_contiguous(tensor: Tensor) -> Tensor:

@@ -142,11 +142,10 @@ def epilogue_fwd(
     choice = default_tiles(width)
     grid = (triton.cdiv(rows, choice.rows) * triton.cdiv(width, choice.columns),)
     if out.numel():
-        with torch.cuda.device_of(product):
-            linear_fwd_kernel[grid](
-                product, bias, residual, out, *strides, rows, width, product.shape[1], **_options(activation),
-                ROWS=choice.rows, COLUMNS=choice.columns, num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
-            )  # fmt: skip
+        linear_fwd_kernel[grid](
+            product, bias, residual, out, *strides, rows, width, product.shape[1], **_options(activation),
+            ROWS=choice.rows, COLUMNS=choice.columns, num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
+        )  # fmt: skip
     return out
 
 
@@ -160,12 +159,11 @@ def epilogue_bwd(
     d_bias = product.new_empty(parts, features, dtype=torch.float32) if sums else None
     again = product.new_empty(rows, width) if inner else None
     if product.numel():
-        with torch.cuda.device_of(product):
-            linear_bwd_kernel[(parts * triton.cdiv(width, choice.columns),)](
-                product, bias, d_out, d_product, d_bias, again, *d_out.stride(), rows, width, features,
-                **_options(activation), ROWS=choice.rows, COLUMNS=choice.columns, ROWS_OF_PART=ROWS_OF_PART,
-                num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
-            )  # fmt: skip
+        linear_bwd_kernel[(parts * triton.cdiv(width, choice.columns),)](
+            product, bias, d_out, d_product, d_bias, again, *d_out.stride(), rows, width, features,
+            **_options(activation), ROWS=choice.rows, COLUMNS=choice.columns, ROWS_OF_PART=ROWS_OF_PART,
+            num_warps=choice.warps, **runtime.LAUNCH_OPTIONS,
+        )  # fmt: skip
     return d_product, None if d_bias is None else d_bias.sum(0), again
 
 

@@ -186,7 +186,7 @@ def score_bound(
     return bound * LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_attention_fwd_kernel(
     form,
     tokens,
@@ -350,7 +350,7 @@ def separable_attention_bwd_prepare_kernel(
     tl.store(at + 3 * padded_rows, tl.where(empty, 0.0, factor * of_total).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_attention_bwd_rows_kernel(
     form,
     upstream,

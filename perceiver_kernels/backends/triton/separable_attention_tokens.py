@@ -60,7 +60,7 @@ def add_rows(
         return sums + tl.dot(tl.trans(channels), weights, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_attention_bwd_tokens_kernel(
     form,
     upstream,

@@ -127,7 +127,7 @@ def product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_query_attention_fwd_kernel(
     form, v, h, x, r, mask, out, lse,
     N, heads, outers, columns, column_entry, entries, head_dim, size_1, size_2, size_3,
@@ -219,7 +219,7 @@ def saved_statistics(lse, delta, row, inside):
     return tl.where(reference == float("-inf"), 0.0, reference), tl.load(delta + row, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_query_attention_bwd_queries_kernel(
     form, v, h, x, r, mask, d_out, lse, delta, d_x, d_r,
     N, heads, outers, columns, column_entry, entries, head_dim, size_1, size_2, size_3,
@@ -288,7 +288,7 @@ def separable_query_attention_bwd_queries_kernel(
         tl.store(at, d_data, mask=inside[:, None] & (data < CHANNELS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold"])
 def separable_query_attention_bwd_keys_kernel(
     form, v, h, x, r, mask, d_out, lse, delta, d_entries, d_table, d_v, d_h,
     N, heads, outers, columns, column_entry, entries, head_dim, size_1, size_2, size_3,
