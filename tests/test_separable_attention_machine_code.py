@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from machine_code import Build, Figures, figures
 
-from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
-
 pytest.importorskip("triton")
+
+from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
 
 INTEGERS = (
     *("form_batch", "rows", "padded_rows", "outer", "columns", "strips", "outer_table", "size_1"),
