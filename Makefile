@@ -9,8 +9,9 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 demo: $(VENV)/installed
 	$(BIN)/python -m perceiver_kernels demo $(ARGS)
 
+# Two processes on as many cores: threads that wait for work must not spin.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py $(ARGS)

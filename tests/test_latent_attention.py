@@ -477,7 +477,7 @@ def test_explain_and_the_limit_of_the_native_kernel() -> None:
 
 
 CALL: dict[str, Any] = {
-    "device": "cuda", "dtype": torch.bfloat16, "shape": (1, 2, 30, 40), "head_dim": 64, "dropout": False,
+    "device": "cuda", "dtype": torch.bfloat16, "shape": (1, 2, 30, 40), "head_dim": 64, "scale": 0.125, "dropout": False,
     "needs_grad": False,
 }  # fmt: skip
 
@@ -488,6 +488,7 @@ CALL: dict[str, Any] = {
         ({"device": "cpu"}, "the device is cpu"),
         ({"dtype": torch.float64}, "the dtype is float64"),
         ({"head_dim": 257}, "head_dim is 257"),
+        ({"scale": 0.0}, "scale is 0.0, which its kernels take for positive"),
         ({"shape": (1, 2, 30, 0)}, "there is nothing to attend to"),
         ({"dropout": True}, "its dropout is not that of the other backends"),
         ({"needs_grad": True}, "its backward adds in an order that differs from run to run"),

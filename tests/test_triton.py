@@ -154,3 +154,14 @@ ASSEMBLY = """
 
 def test_the_reader_finds_the_innermost_loop_with_exponentials() -> None:
     assert busiest_loop(*read(ASSEMBLY)) == ["MUFU.EX2", "FADD", "BRA"]
+
+
+def test_tf32_is_read_however_it_was_set() -> None:
+    """In a process of its own: torch lets nobody read the older setting once the newer one has been written."""
+    code = (
+        "import torch; from perceiver_kernels.backends.triton.runtime import input_precision as precision\n"
+        "assert (precision(torch.float32), precision(torch.bfloat16)) == ('ieee', 'ieee')\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "assert (precision(torch.float32), precision(torch.bfloat16)) == ('tf32', 'ieee')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,13 @@ MAX_HEAD_DIM = 256
 
 
 def not_taken_reason(
-    device: str, dtype: torch.dtype, shape: tuple[int, ...], head_dim: int, dropout: bool, needs_grad: bool
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    head_dim: int,
+    scale: float,
+    dropout: bool,
+    needs_grad: bool,
 ) -> str | None:
     """Why torch's attention must not run a call, however fast it may be, or None.
 
@@ -27,6 +33,7 @@ def not_taken_reason(
         device, dtype: of the inputs.
         shape: batch, heads, queries, keys.
         head_dim: the wider of the two.
+        scale: of the scores.
         dropout: whether weights are dropped.
         needs_grad: whether backward may follow.
     """
@@ -38,6 +45,8 @@ def not_taken_reason(
         return f"head_dim is {head_dim}"
     if 0 in shape:
         return "there is nothing to attend to"
+    if scale <= 0:
+        return f"scale is {scale}, which its kernels take for positive"
     if dropout:
         return "its dropout is not that of the other backends"
     if needs_grad:

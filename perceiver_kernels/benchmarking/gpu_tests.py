@@ -32,8 +32,9 @@ def command(tiny: bool) -> list[str]:
 
 def environment(record: Path, tiny: bool) -> dict[str, str]:
     """Of the tests' process: kernels compiled or interpreted, and products that repeat bit for bit."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return {
-        **os.environ,
+        **own,
         RECORD: str(record),
         "TRITON_INTERPRET": "1" if tiny else "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

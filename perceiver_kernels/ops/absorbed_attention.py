@@ -17,7 +17,7 @@ from perceiver_kernels.ops.registration import define, register_pair
 OP = "absorbed_attention"
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MAX_CHANNELS = 1024
+MAX_CHANNELS = 512
 
 
 def _triton() -> ModuleType:

@@ -152,7 +152,7 @@ def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, *, measure: bool) -> bool:
     """Whether torch's attention runs the call, in the place of a backend."""
-    if torch.compiler.is_compiling() or _not_by_torch(q, k, v, dropout_p):
+    if torch.compiler.is_compiling() or _not_by_torch(q, k, v, dropout_p, scale):
         return False
 
     def ours() -> Any:
@@ -162,20 +162,22 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, *
     return torch_attention.choose(q, k, v, ours if can_measure else None, scale) == torch_attention.TORCH
 
 
-def _not_by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> str | None:
+def _not_by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float) -> str | None:
     """Why torch's attention must not run the call, or None where it may."""
     if dispatch.current_backend() != "auto":
         return f"the backend asked for is {dispatch.current_backend()!r}"
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
     shape, head_dim = (*q.shape[:3], k.shape[2]), max(q.shape[3], v.shape[3])
-    return torch_attention.not_taken_reason(q.device.type, q.dtype, shape, head_dim, dropout_p > 0, needs_grad)
+    dropout = dropout_p > 0
+    return torch_attention.not_taken_reason(q.device.type, q.dtype, shape, head_dim, scale, dropout, needs_grad)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, **_: Any) -> str:
     """What would run this call of latent_attention, and why nothing else would."""
     header, *lines = dispatch.describe(_call(q, v, dropout_p)).split("\n")
-    reason = _not_by_torch(q, k, v, dropout_p)
-    if _by_torch(q, k, v, dropout_p, 1.0 if scale is None else scale, measure=False):
+    scale = 1.0 if scale is None else scale
+    reason = _not_by_torch(q, k, v, dropout_p, scale)
+    if _by_torch(q, k, v, dropout_p, scale, measure=False):
         line = "runs this call"
         lines = [other.replace("runs this call", "would do") for other in lines]
     else:

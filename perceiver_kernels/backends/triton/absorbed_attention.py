@@ -358,14 +358,13 @@ def absorbed_attention_bwd_tokens_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def limits(columns: int) -> Limits:
-    """Tiles of 32 rows; everything is float32, without tensor cores unless TensorFloat-32 is allowed."""
-    return Limits(rows=32, columns=columns, chunk=0, channels=0, two_channels=0)
+def limits(kernel: str, width: int) -> Limits:
+    """What registers and shared memory can hold of tokens of some width, beside two forms, or one wide one.
 
-
-def columns_of(kernel: str, width: int) -> int:
-    """Of a kernel's tiles for tokens of some width: what registers can hold beside two forms, or one wide one."""
-    return 16 if kernel == "bwd_rows" or (kernel == "fwd" and width > 128) else 32
+    Everything is float32, without tensor cores unless TensorFloat-32 is allowed.
+    """
+    rows = 16 if width > 128 else 32
+    return Limits(rows, 16 if kernel == "bwd_rows" else rows, chunk=0, channels=0, two_channels=0)
 
 
 @cache  # for good: a captured graph may read it
@@ -486,7 +485,7 @@ def absorbed_attention_fwd(
             merge(partial, peaks, totals, sums, lse, rows, 1)
 
     if lse.numel():
-        most = limits(columns_of("fwd", context.width))
+        most = limits("fwd", context.width)
         default = choose_tiles(rows, context.tokens, batch, context.width, most, a.device)
         problem = context.problem()
         run(tiles.choose("absorbed_attention_fwd_kernel", problem, default, candidates(default), run))
@@ -539,14 +538,14 @@ def absorbed_attention_bwd(
     if needs_a:
         d_a = torch.zeros_like(a)
         if d_acc.numel() and tokens:
-            most = limits(columns_of("bwd_rows", context.width))
+            most = limits("bwd_rows", context.width)
             default = choose_tiles(rows, tokens, batch, context.width, most, a.device)
             chosen = tiles.choose("absorbed_attention_bwd_rows_kernel", problem, default, candidates(default), run_rows)
             d_a = context.restored(run_rows(chosen))
     if needs_x and x is not None:
         d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if d_x.numel():
-            most = limits(columns_of("bwd_tokens", context.width))
+            most = limits("bwd_tokens", context.width)
             default = choose_tiles(tokens, 0, batch, context.width, most, a.device)
             name = "absorbed_attention_bwd_tokens_kernel"
             d_x = run_tokens(tiles.choose(name, problem, default, candidates(default), run_tokens))

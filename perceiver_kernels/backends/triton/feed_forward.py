@@ -85,6 +85,7 @@ def layer_norm_fwd(
     out = x.new_empty(rows, channels, dtype=dtype)
     mean, rstd = x.new_empty(2, rows, dtype=torch.float32)
     choice = default_tiles(channels)
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
     if out.numel():
         layer_norm_fwd_kernel[(triton.cdiv(rows, choice.rows),)](
             x, weight, bias, out, mean, rstd, *x.stride(), rows, channels, eps,
@@ -105,6 +106,7 @@ def layer_norm_bwd(
     needs_x, needs_weight, needs_bias = needs
     rows, channels = x.shape
     parts, choice = triton.cdiv(rows, ROWS_OF_PART), default_tiles(channels)
+    weight = None if weight is None else weight.contiguous()
     d_x = x.new_empty(x.shape) if needs_x else None
     sums = [x.new_empty(parts, channels, dtype=torch.float32) if need else None for need in (needs_weight, needs_bias)]
     if x.numel():

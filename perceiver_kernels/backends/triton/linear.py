@@ -139,6 +139,7 @@ def epilogue_fwd(
     rows, width = product.shape[0], _width(product, activation)
     out = product.new_empty(rows, width, dtype=dtype)
     strides = (0, 0) if residual is None else residual.stride()
+    bias = None if bias is None else bias.contiguous()
     choice = default_tiles(width)
     grid = (triton.cdiv(rows, choice.rows) * triton.cdiv(width, choice.columns),)
     if out.numel():
@@ -155,6 +156,7 @@ def epilogue_bwd(
     """Gradient of the product, and where asked for its column sums in float32 and f(product + bias), in its dtype."""
     (rows, features), width = product.shape, _width(product, activation)
     parts, choice = triton.cdiv(rows, ROWS_OF_PART), default_tiles(width)
+    bias = None if bias is None else bias.contiguous()
     d_product = torch.empty_like(product)
     d_bias = product.new_empty(parts, features, dtype=torch.float32) if sums else None
     again = product.new_empty(rows, width) if inner else None

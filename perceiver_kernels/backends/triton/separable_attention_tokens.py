@@ -5,12 +5,11 @@
 # Triton's tuples grow by +; it knows no starred expressions.
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton import tiles
 from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.philox import keep_scales
 from perceiver_kernels.backends.triton.separable_forms import outer_entries, outer_indices, outer_sum, program_indices
@@ -136,7 +135,7 @@ def separable_attention_bwd_tokens_kernel(
     if FEW:
         data, d_data = (), ()
         for c in tl.static_range(C):
-            data = data + (tl.load(x + c * x_channel, mask=keep, other=0).to(tl.float32),)
+            data = data + (tl.load(x + c * tl.cast(x_channel, tl.int64), mask=keep, other=0).to(tl.float32),)
             d_data = d_data + (tl.zeros((TOKENS,), tl.float32),)
     else:
         at = x[None, :] + channel * x_channel
@@ -168,7 +167,7 @@ def separable_attention_bwd_tokens_kernel(
             d_data = add_rows(d_data, d_scores, a, live, C, FEW, CHANNELS, PRECISION)
             d_data = add_rows(d_data, weights, d_acc, live, C, FEW, CHANNELS, PRECISION)
         if NEEDS_R:
-            d_factor += tl.sum(d_scores * scores + weights * u, 0)
+            d_factor += tl.sum(tl.where(p == 0, 0.0, d_scores * scores) + weights * u, 0)
 
     of_batch = batch * tokens + token
     if NEEDS_R:
@@ -223,7 +222,7 @@ def tokens_gradients(
         CHANNELS=tiles.next_power_of_2(geometry.channels, 16),
         ROWS=choice.rows,
         TOKENS=choice.columns,
-        PRECISION=runtime.input_precision(torch.float32),
+        PRECISION="ieee",  # as forward, whose lse it meets
         num_warps=choice.warps,
         num_stages=choice.stages,
         **options(geometry, r, mask, dropout_p),

@@ -19,7 +19,7 @@ TILE = 1024
 @triton.jit
 def _data(source, stride_c, c, x_scale, x_shift, present, SCALED: tl.constexpr, SHIFTED: tl.constexpr):
     """x * x_scale + x_shift of channel c."""
-    x = tl.load(source + c * stride_c, mask=present, other=0).to(tl.float32)
+    x = tl.load(source + c * tl.cast(stride_c, tl.int64), mask=present, other=0).to(tl.float32)
     if SCALED:
         x *= tl.load(x_scale + c)
     if SHIFTED:
@@ -38,8 +38,10 @@ def separable_layer_norm_fwd_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ROWS positions of (batch, leading axes) times COLUMNS of the last axis; the second read of x is from a cache."""
-    row = (tl.program_id(0).to(rows.dtype) * ROWS + tl.arange(0, ROWS))[:, None]  # 32 bits where they are enough
-    at_3 = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    blocks = tl.cdiv(size_3, COLUMNS)
+    row_block, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = (row_block.to(rows.dtype) * ROWS + tl.arange(0, ROWS))[:, None]  # 32 bits where they are enough
+    at_3 = (block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     present = (row < rows) & (at_3 < size_3)
     at_2, outer = row % size_2, row // size_2
     at_1, outer = outer % size_1, outer // size_1
@@ -87,10 +89,11 @@ def separable_layer_norm_fwd(
     axes, channels = len(sums), x.shape[-1]
     batch, sizes = x.shape[0], on_four_axes(x.shape[1:-1], 1)
     rows = batch * math.prod(sizes[:-1])
+    x_scale, x_shift = (None if v is None else v.contiguous() for v in (x_scale, x_shift))
     features = [on_four_axes([s.contiguous() for s in per_axis], r) for per_axis in (sums, squares)]
 
     def launch(choice: Tiles) -> None:
-        grid = (triton.cdiv(rows, choice.rows), triton.cdiv(sizes[-1], choice.columns))
+        grid = (triton.cdiv(rows, choice.rows) * triton.cdiv(sizes[-1], choice.columns),)
         separable_layer_norm_fwd_kernel[grid](
             r, x, x_scale, x_shift, *features[0], *features[1], *sizes, rows,
             x.stride(0), *on_four_axes(x.stride()[1:-1], 0), x.stride(-1),

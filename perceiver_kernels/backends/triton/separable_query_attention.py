@@ -70,8 +70,8 @@ def over_queries(
     x is a pointer per query; size_1 to size_3 are the outer axes' sizes, the last of them first.
     """
     sizes = (size_1, size_2, size_3)
-    total = tl.where(attends, 0.0, 0.0)
-    entry = column_entry.to(tl.int64)
+    total = tl.zeros(attends.shape, tl.float32)
+    entry = tl.cast(column_entry, tl.int64)
     for axis in tl.static_range(AXES - 1):
         entry -= sizes[axis]
         total += tl.load(form + (entry + outer % sizes[axis]) * N + keys, mask=attends, other=0.0)
@@ -79,12 +79,12 @@ def over_queries(
     u += total
     if CHANNELS <= 8:
         for channel in tl.static_range(CHANNELS):
-            data = tl.load(x + channel * x_channel, mask=inside, other=0.0)
-            u += data * tl.load(form + channel * N + keys, mask=attends, other=0.0)
+            data = tl.load(x + channel * tl.cast(x_channel, tl.int64), mask=inside, other=0.0)
+            u += data * tl.load(form + channel * tl.cast(N, tl.int64) + keys, mask=attends, other=0.0)
     else:
         for channel in range(CHANNELS):
-            data = tl.load(x + channel * x_channel, mask=inside, other=0.0)
-            u += data * tl.load(form + channel * N + keys, mask=attends, other=0.0)
+            data = tl.load(x + channel * tl.cast(x_channel, tl.int64), mask=inside, other=0.0)
+            u += data * tl.load(form + channel * tl.cast(N, tl.int64) + keys, mask=attends, other=0.0)
     return u
 
 
@@ -98,11 +98,11 @@ def add_gradients(
     sizes = (size_1, size_2, size_3)
     if x is not None:
         for channel in range(CHANNELS):
-            data = tl.load(x + channel * x_channel, mask=inside, other=0.0)
-            at = d_form + channel * N + keys
+            data = tl.load(x + channel * tl.cast(x_channel, tl.int64), mask=inside, other=0.0)
+            at = d_form + channel * tl.cast(N, tl.int64) + keys
             tl.store(at, tl.load(at, mask=exists, other=0.0) + tl.sum(d_u * data, 1), mask=exists)
     total = tl.sum(d_u, 1)
-    entry = column_entry.to(tl.int64)
+    entry = tl.cast(column_entry, tl.int64)
     for axis in tl.static_range(AXES - 1):
         entry -= sizes[axis]
         at = d_form + (entry + outer % sizes[axis]) * N + keys
