@@ -477,8 +477,8 @@ def test_explain_and_the_limit_of_the_native_kernel() -> None:
 
 
 CALL: dict[str, Any] = {
-    "device": "cuda", "dtype": torch.bfloat16, "shape": (1, 2, 30, 40), "head_dim": 64, "scale": 0.125, "dropout": False,
-    "needs_grad": False,
+    "device": "cuda", "dtype": torch.bfloat16, "shape": (1, 2, 30, 40), "head_dim": 64, "scale": 0.125,
+    "dropout": False, "needs_grad": False,
 }  # fmt: skip
 
 

@@ -375,8 +375,11 @@ INTEGERS = (
 ALIGNED = ("N", "columns", "head_dim", "form_batch", "h_batch", "d_out_batch", "d_out_head", "d_out_query")
 
 
-def built(kernel: str, arch: int, dtype: str, tiles: Tiles) -> Figures:
-    """Two axes, h and r, no data, no mask; `kernel` is fwd, bwd_queries, bwd_keys or, for d_v alone, bwd_values."""
+def built(kernel: str, arch: int, dtype: str, tiles: Tiles, ones: bool = False) -> Figures:
+    """Two axes, h and r, no data, no mask; `kernel` is fwd, bwd_queries, bwd_keys or, for d_v alone, bwd_values.
+
+    ones: every size and stride is 1, which Triton makes a constant of the code.
+    """
     chunk = 64
     pointers = {"form": "*fp32", "v": f"*{dtype}", "h": "*fp32", "r": "*fp32", "lse": "*fp32"}
     scalars = {**dict.fromkeys(INTEGERS, "i32"), "seed": "i64", "threshold": "i64", "keep_scale": "fp32"}
@@ -396,6 +399,9 @@ def built(kernel: str, arch: int, dtype: str, tiles: Tiles) -> Figures:
         pointers |= dict.fromkeys(results, "*fp32")
         constants |= dict.fromkeys({"d_entries", "d_table", "d_h", "d_v"}.difference(results))
         scalars |= {"column_parts": "i32", "outer_parts": "i32"}
+    if ones:
+        constants |= dict.fromkeys(INTEGERS, 1)
+        scalars = {name: kind for name, kind in scalars.items() if name not in INTEGERS}
     name = "bwd_keys" if kernel == "bwd_values" else kernel
     signature = pointers | scalars
     return figures(
@@ -409,6 +415,11 @@ def built(kernel: str, arch: int, dtype: str, tiles: Tiles) -> Figures:
             tuple(argument for argument in ALIGNED if argument in signature),
         )
     )
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd_queries", "bwd_keys", "bwd_values"])
+def test_compiles_where_every_size_is_one(kernel: str) -> None:
+    assert built(kernel, 90, "fp32", SMALL_TILES, ones=True).exponentials
 
 
 WIDE, NARROW, SMALL_TILES = Tiles(64, 64), Tiles(32, 64), Tiles(32, 32)
