@@ -167,7 +167,8 @@ def separable_attention_bwd_tokens_kernel(
             d_data = add_rows(d_data, d_scores, a, live, C, FEW, CHANNELS, PRECISION)
             d_data = add_rows(d_data, weights, d_acc, live, C, FEW, CHANNELS, PRECISION)
         if NEEDS_R:
-            d_factor += tl.sum(tl.where(p == 0, 0.0, d_scores * scores) + weights * u, 0)
+            # A weight of 0 times a score of -inf is 0.
+            d_factor += tl.sum(d_scores * tl.maximum(scores, -3.0e38), 0) + tl.sum(weights * u, 0)
 
     of_batch = batch * tokens + token
     if NEEDS_R:
