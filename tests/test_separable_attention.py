@@ -299,7 +299,8 @@ def check_any_call(
     shape = SeparableShape(batch, 1 if shared else batch, rows, channels, tuple(grid))
     dtype = widest(backend)
     # Scores in the thousands: against 80-bit arithmetic ours are off by up to 557 units, over 400 such cases.
-    amplification = 4.0 if spread == 30.0 else 1.0
+    # Of float32 as much as the tests of steep scores allow.
+    amplification = {torch.float64: 4.0, torch.float32: 32.0}[dtype] if spread == 30.0 else 1.0
     inputs = make_inputs(shape, masked=masked, spread=spread, seed=seed)
     check_against_reference(inputs, backend, dtype, amplification=amplification)
 
