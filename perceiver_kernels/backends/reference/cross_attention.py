@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.reference.latent_attention import _computed, _keep, rows_first
+from perceiver_kernels.backends.layout import with_rows_first
+from perceiver_kernels.backends.reference.latent_attention import _computed, _keep
 
 
 def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def cross_attention_fwd(
     q, k, v = _computed(q, k, v)
     k, v = _masked(k, v, mask)
     lse, p = _weights(q, k, mask, scale)
-    return rows_first(((p * _keep(p, dropout_p, seed)) @ v).to(dtype)), lse
+    return with_rows_first(((p * _keep(p, dropout_p, seed)) @ v).to(dtype)), lse
 
 
 def cross_attention_bwd(
@@ -60,5 +61,5 @@ def cross_attention_bwd(
     if mask is not None:
         d_scores = d_scores.masked_fill(~mask[:, None, None], 0.0)
         d_k, d_v = _masked(d_k, d_v, mask)
-    d_q, d_k, d_v = (rows_first(gradient.to(dtype)) for gradient in (d_scores @ k, d_k, d_v))
+    d_q, d_k, d_v = (with_rows_first(gradient.to(dtype)) for gradient in (d_scores @ k, d_k, d_v))
     return d_q, d_k, d_v

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perceiver_kernels.backends.layout import with_rows_first
 from perceiver_kernels.backends.reference.philox import dropout_scales
-
-
-def rows_first(result: Tensor) -> Tensor:
-    """The same (batch, heads, rows, channels), in memory as (batch, rows, heads, channels)."""
-    return result.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _computed(*tensors: Tensor) -> list[Tensor]:
@@ -40,7 +36,7 @@ def latent_attention_fwd(
     dtype = q.dtype
     q, k, v = _computed(q, k, v)
     lse, p = _weights(q, k, scale)
-    return rows_first(((p * _keep(p, dropout_p, seed)) @ v).to(dtype)), lse
+    return with_rows_first(((p * _keep(p, dropout_p, seed)) @ v).to(dtype)), lse
 
 
 def latent_attention_bwd(
@@ -54,5 +50,5 @@ def latent_attention_bwd(
     delta = (d_out * out).sum(-1, keepdim=True)
     d_scores = scale * p * (keep * (d_out @ v.transpose(2, 3)) - delta)
     gradients = d_scores @ k, d_scores.transpose(2, 3) @ q, (p * keep).transpose(2, 3) @ d_out
-    d_q, d_k, d_v = (rows_first(gradient.to(dtype)) for gradient in gradients)
+    d_q, d_k, d_v = (with_rows_first(gradient.to(dtype)) for gradient in gradients)
     return d_q, d_k, d_v

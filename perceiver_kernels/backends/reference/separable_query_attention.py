@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.reference.latent_attention import rows_first
+from perceiver_kernels.backends.layout import with_rows_first
 from perceiver_kernels.backends.reference.philox import dropout_scales
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -73,7 +73,7 @@ def separable_query_attention_fwd(
     _, _, lse, p = _weights(form, h, x, r, mask, grid)
     values = _left_out(v.to(form.dtype), mask, 2)
     out = (p * _keep(p, v.shape[0], dropout_p, seed)) @ values
-    return rows_first(out.to(v.dtype)), lse.expand(v.shape[0], -1, -1).contiguous()
+    return with_rows_first(out.to(v.dtype)), lse.expand(v.shape[0], -1, -1).contiguous()
 
 
 def separable_query_attention_bwd(
