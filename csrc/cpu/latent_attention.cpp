@@ -62,7 +62,7 @@ void pack_columns(const Matrix<const X>& source, const Range& keys, int64_t chan
   for (int64_t m = 0; m < keys.count; m += width) {
     const int64_t first = keys.first + m;
     const Matrix<const X> rows{source.row(first), source.row_step, source.channel_step};
-    pack_transposed<T>(rows, std::min<int64_t>(width, keys.count - m), channels, T(1), width,
+    pack_transposed<T>(rows, std::min<int64_t>(width, keys.count - m), channels, T(1), width, width,
                        panels + first * channels);
   }
 }
@@ -75,11 +75,17 @@ void pack_rows(const Matrix<const X>& source, const Range& range, int64_t channe
   pack_panels<T>(rows, range.count, channels, width, all_rows * width, panels + range.first * width);
 }
 
+// How many rows of a query block are computed with, so that few latents do not pay for a whole block.
+template <class T>
+inline int64_t touched_rows(int64_t queries) {
+  return rounded_up(queries, std::max(Simd<T>::lanes, kLowTileRows));
+}
+
 // Rows of a query block as the left operand of a product that sums over channels.
 template <class T, class X>
 void pack_queries(const Matrix<const X>& source, const Range& range, int64_t channels, T factor, T* packed) {
   const Matrix<const X> rows{source.row(range.first), source.row_step, source.channel_step};
-  pack_transposed<T>(rows, range.count, channels, factor, kQueryBlock, packed);
+  pack_transposed<T>(rows, range.count, channels, factor, touched_rows<T>(range.count), kQueryBlock, packed);
 }
 
 template <class T>
@@ -168,10 +174,10 @@ class ForwardHead {
           scores(kQueryBlock * score_step<T, kForwardKeys>),
           out(kQueryBlock * out_step) {}
 
-    void clear() {
-      std::fill_n(out.get(), kQueryBlock * out_step, T(0));
-      std::fill_n(maximum, kQueryBlock, -std::numeric_limits<T>::infinity());
-      std::fill_n(sum, kQueryBlock, Vec<T>{});
+    void clear(int64_t rows) {
+      std::fill_n(out.get(), rows * out_step, T(0));
+      std::fill_n(maximum, rows, -std::numeric_limits<T>::infinity());
+      std::fill_n(sum, rows, Vec<T>{});
     }
   };
 
@@ -195,7 +201,7 @@ class ForwardHead {
 
   void attend(int64_t query_block, State& state) const {
     const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
-    state.clear();
+    state.clear(touched_rows<T>(queries.count));
     pack_queries<T>(matrix_of<const X>(in_.q, batch_, head_), queries, sizes_.head_dim,
                     static_cast<T>(in_.scale * kLog2E), state.queries.get());
     for (int64_t block = 0; block < blocks(sizes_.keys, kForwardKeys); ++block) {
@@ -236,7 +242,7 @@ class ForwardHead {
   };
 
   void score(State& state, int64_t queries, const Range& keys) const {
-    std::fill_n(state.block_maximum, kQueryBlock, broadcast(-std::numeric_limits<T>::infinity()));
+    std::fill_n(state.block_maximum, touched_rows<T>(queries), broadcast(-std::numeric_limits<T>::infinity()));
     multiply_block<T, 1, kQueryBlock>(state.queries.get(), queries, keys_.get() + keys.first * sizes_.head_dim,
                                       tile_width<T> * sizes_.head_dim, sizes_.head_dim, keys.count,
                                       StoreScores{state.scores.get(), state.block_maximum, keys.count});
@@ -244,7 +250,7 @@ class ForwardHead {
 
   void softmax_step(State& state, const Range& queries, const Range& keys) const {
     alignas(64) T reference[kQueryBlock];
-    for (int64_t i = 0; i < kQueryBlock; i += Simd<T>::lanes) {
+    for (int64_t i = 0; i < touched_rows<T>(queries.count); i += Simd<T>::lanes) {
       const Vec<T> before = load(state.maximum + i), after = larger<T>(before, lane_maxima<T>(state.block_maximum + i));
       // Where all scores so far are -inf, any finite reference gives weights of zero.
       const Vec<T> finite = at_least<T>(broadcast(std::numeric_limits<T>::lowest()), after);
@@ -405,13 +411,14 @@ class BackwardHead {
   void part(int64_t index, int64_t partial_sum, State& state) {
     const int64_t all = blocks(sizes_.keys, kBackwardKeys), parts = key_parts(sizes_);
     T* d_queries = partial(partial_sum);
-    std::fill_n(d_queries, padded_queries_ * step_, T(0));
+    std::fill_n(d_queries, rounded_up(sizes_.queries, kLowTileRows) * step_, T(0));
     T *weights = state.weights.get(), *d_scores = state.d_scores.get();
     T *d_keys = state.d_keys.get(), *d_values = state.d_values.get();
     for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
       const Range keys = Range::block(key_block, kBackwardKeys, sizes_.keys);
-      std::fill_n(d_keys, kBackwardKeys * step_, T(0));
-      std::fill_n(d_values, kBackwardKeys * step_v_, T(0));
+      const int64_t rows = rounded_up(keys.count, kLowTileRows);
+      std::fill_n(d_keys, rows * step_, T(0));
+      std::fill_n(d_values, rows * step_v_, T(0));
       for (int64_t query_block = 0; query_block < sizes_.query_blocks(); ++query_block) {
         const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
         score(queries, keys, weights, d_scores);
@@ -428,7 +435,8 @@ class BackwardHead {
     const int64_t first = query_block * kQueryBlock * step_;
     T* sum = partial(0) + first;
     const T* addend = partial(partial_sum) + first;
-    for (int64_t i = 0; i < kQueryBlock * step_; ++i) sum[i] += addend[i];
+    const int64_t rows = Range::block(query_block, kQueryBlock, sizes_.queries).count;
+    for (int64_t i = 0; i < rows * step_; ++i) sum[i] += addend[i];
   }
 
   void write_queries(int64_t query_block) const {

@@ -101,9 +101,10 @@ inline void transpose(Vec<T>* rows) {
 }
 
 // Rows of a packed projection are far apart, too far for the processor to foresee: asks for the one at `row` ahead of
-// use.
+// use. Always inlined: to gcc, a function that only prefetches has no effect, and calls of it are dropped.
 template <class X>
-inline void prefetch_row(const Matrix<X>& source, int64_t row, int64_t rows, int64_t channels) {
+__attribute__((always_inline)) inline void prefetch_row(const Matrix<X>& source, int64_t row, int64_t rows,
+                                                        int64_t channels) {
   if (row >= rows || source.channel_step != 1) return;
   const char* first = reinterpret_cast<const char*>(source.row(row));
   for (int64_t byte = 0; byte < channels * static_cast<int64_t>(sizeof(X)); byte += 64)
@@ -137,11 +138,12 @@ inline void pack_square(X* source, const Matrix<X>& matrix, int64_t rows, int64_
   }
 }
 
-// target[c * width + i] = factor * source[i][c] for i < rows; zeros for rows <= i < width, a multiple of the lanes.
+// target[c * width + i] = factor * source[i][c] for i < rows; zeros for rows <= i < filled, a multiple of the lanes.
 template <class T, class X>
-void pack_transposed(const Matrix<X>& source, int64_t rows, int64_t channels, T factor, int64_t width, T* target) {
+void pack_transposed(const Matrix<X>& source, int64_t rows, int64_t channels, T factor, int64_t filled, int64_t width,
+                     T* target) {
   constexpr int lanes = Simd<T>::lanes;
-  for (int64_t i = 0; i < width; i += lanes) {
+  for (int64_t i = 0; i < filled; i += lanes) {
     for (int k = 0; k < lanes; ++k) prefetch_row(source, i + kRowsAhead + k, rows, channels);
     for (int64_t c = 0; c < channels; c += lanes) {
       X* first = source.row(i) + c * source.channel_step;
