@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
-from machine_code import Build, figures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machine_code import Build, figures, needs_triton
 from shapes import CROSS_SHAPES, LatentShape, available_backends, device_of, dtypes_of
 from torch import Tensor
 
@@ -80,6 +82,23 @@ def test_shape_grid(backend: str, dtype: torch.dtype, shape: LatentShape) -> Non
 def test_mask_and_dropout(backend: str, shape: LatentShape) -> None:
     options = {"mask": make_mask(shape), "dropout_p": 0.3, "seed": 2**40 + 7}
     check_against_reference(make_inputs(shape), backend, torch.float32, **options)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, most) for most in (2, 2, 20, 40, 20, 20)]),
+    spread=st.sampled_from([0.1, 1.0]),
+    masked=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 2**20),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_small_shape(
+    backend: str, sizes: tuple[int, ...], spread: float, masked: bool, dropout_p: float, seed: int
+) -> None:
+    shape = LatentShape(*sizes)
+    options = {"mask": make_mask(shape) if masked else None, "dropout_p": dropout_p, "seed": seed}
+    check_against_reference(make_inputs(shape, spread=spread, seed=seed), backend, torch.float32, **options)
 
 
 def heads_last(inputs: list[Tensor]) -> list[Tensor]:
@@ -275,6 +294,7 @@ def trimmed(build: Build) -> Build:
     )
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "arch"),
     [("bf16", 64, 80), ("bf16", 261, 90), ("bf16", 1024, 90), ("fp32", 261, 90)],

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import (
     LatentShape,
@@ -34,7 +34,7 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import torch_attention
-from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton import tiles
 from perceiver_kernels.ops.latent_attention import OP, latent_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
@@ -475,7 +475,7 @@ def build(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> Build:
     return Build(name, signature, constants, arch, choice.warps, choice.stages, (*strides, "queries", "keys"))
 
 
-@pytest.mark.skipif(bool(runtime.unavailable()), reason="no Triton")
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "dtype", "head_dim", "arch", "per_pair"),
     [

@@ -19,6 +19,7 @@ from shapes import (
     available_backends,
     declared,
     device_of,
+    dtypes_of,
     interpreted,
     separable_shapes,
 )
@@ -35,12 +36,6 @@ COMPUTE_DTYPES = [(backend, dtype) for backend in BACKENDS for dtype in declared
 def widest(backend: str) -> torch.dtype:
     """The most exact dtype that a backend computes in."""
     return max(declared(OP, backend).compute_dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-
-
-def floating_data_dtypes(backend: str) -> list[torch.dtype]:
-    """Those that a backend's tests can run: the interpreter has no bfloat16."""
-    dtypes = [dtype for dtype in declared(OP, backend).data_dtypes if dtype.is_floating_point]
-    return [dtype for dtype in dtypes if not (interpreted(backend) and dtype == torch.bfloat16)]
 
 
 def make_inputs(
@@ -257,7 +252,7 @@ def test_shape_grid(backend: str, shape: SeparableShape, with_r: bool, masked: b
 
 @pytest.mark.parametrize(
     ("backend", "x_dtype"),
-    [(backend, dtype) for backend in BACKENDS for dtype in floating_data_dtypes(backend)],
+    [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(OP, backend) if dtype.is_floating_point],
     ids=str,
 )
 def test_data_dtypes(backend: str, x_dtype: torch.dtype) -> None:
