@@ -103,7 +103,7 @@ class GraphedModel:
             args, kwargs = _mapped((sample, named_sample), lambda tensor: tensor.detach().clone())
             self._inputs = _flat("input", args, kwargs)
             device = next(value.device for value in self._inputs.values() if isinstance(value, Tensor))
-            self._graph, self._output = _capture(lambda: model(*args, **kwargs), device, outside)
+            self._graph, self._output = capture(lambda: model(*args, **kwargs), device, outside)
         self._alive = outside.tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,18 +120,18 @@ class GraphedModel:
             return _mapped(self._output, torch.clone)
 
 
-def _capture(
-    run: Callable[[], Any], device: torch.device, observer: AbstractContextManager[Any]
+def capture(
+    run: Callable[[], Any], device: torch.device | None = None, observer: AbstractContextManager[Any] | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of run, and the output that every replay writes to; one of the runs before is observed."""
+    """A graph of run, and the output that every replay writes to; the last of the runs before it is observed."""
     with torch.cuda.device(device):
         # What is made at first use (kernels, tables, workspaces) must not be made during capture.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(RUNS_BEFORE_CAPTURE):
+            for _ in range(RUNS_BEFORE_CAPTURE - 1):
                 run()
-            with observer:
+            with observer or nullcontext():
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from perceiver_kernels.backends.triton import runtime
+
 TESTS = Path(__file__).parent
+
+
+# test_extra.py says when Triton is missing where the test extra installs it.
+needs_triton = pytest.mark.skipif(bool(runtime.unavailable()), reason="Triton is not installed")
 
 
 @dataclass(frozen=True)

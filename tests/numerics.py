@@ -33,16 +33,17 @@ def error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).abs().max().item() if truth.numel() else 0.0
 
 
-def relative_rms(value: Tensor, truth: Tensor) -> float:
-    """RMS error over RMS value: bias that the largest error hides."""
-    if not truth.numel():
-        return 0.0
-    norm = truth.double().square().mean().sqrt().item()
-    return (value.double() - truth.double()).square().mean().sqrt().item() / norm if norm else error(value, truth)
+def root_mean_square(value: Tensor) -> float:
+    return value.double().square().mean().sqrt().item()
 
 
 def assert_no_worse(
-    actual: Tensor, plain: Tensor, truth: Tensor, name: str = "result", amplification: float = 1.0
+    actual: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    name: str = "result",
+    amplification: float = 1.0,
+    terms: Tensor | None = None,
 ) -> None:
     """actual is finite where truth is, and its error is at most twice plain's plus a few units in the last place.
 
@@ -51,21 +52,23 @@ def assert_no_worse(
         plain: the same computed by plain PyTorch in the same dtype.
         truth: the same in float64.
         amplification: for scores in the thousands: a weight's relative error is eps times its score.
+        terms: the sum of the magnitudes of what each element is the sum of. Where terms cancel, as those of a steep
+            softmax's gradient do, their rounding says nothing of the little that is left.
     """
     assert actual.shape == truth.shape, f"{name} has shape {tuple(actual.shape)}, must be {tuple(truth.shape)}"
     finite = truth.isfinite()
     assert torch.equal(actual.isfinite(), finite), (
         f"{name} is not finite where it must be, or finite where it must not be"
     )
+    size = (truth if terms is None else terms)[finite].abs()
     actual, plain, truth = actual[finite], plain[finite], truth[finite]
     if not truth.numel():
         return
     tolerance = TOLERANCES[actual.dtype]
-    scale = truth.abs().max().item()
-    bound = (
-        tolerance.factor * error(plain, truth) + tolerance.ulps * amplification * torch.finfo(actual.dtype).eps * scale
-    )
+    units = tolerance.ulps * amplification * torch.finfo(actual.dtype).eps * size.max().item()
+    bound = tolerance.factor * error(plain, truth) + units
     assert error(actual, truth) <= bound, f"{name}: error {error(actual, truth):.3g}, must be at most {bound:.3g}"
-    cap = max(tolerance.rms * amplification, tolerance.factor * relative_rms(plain, truth))
-    rms = relative_rms(actual, truth)
+    norm = root_mean_square(size) or 1.0
+    rms, plain_rms = (root_mean_square(value.double() - truth) / norm for value in (actual, plain))
+    cap = max(tolerance.rms * amplification, tolerance.factor * plain_rms)
     assert rms <= cap, f"{name}: relative RMS error {rms:.3g}, must be at most {cap:.3g}"

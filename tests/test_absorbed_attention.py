@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import Build, figures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
-from shapes import available_backends, declared, device_of
+from shapes import available_backends, device_of, dtypes_of
 from torch import Tensor
 
 import perceiver_kernels as pk
@@ -204,12 +206,32 @@ def test_mask_and_dropout(backend: str, shape: AbsorbedShape) -> None:
     check_against_reference(make_inputs(shape, shared_positions=True), shape.bands, backend, **options)
 
 
+@settings(max_examples=6, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, most) for most in (2, 20, 40, 9)]),
+    shared=st.booleans(),
+    axes=st.integers(0, 2),
+    num_bands=st.integers(1, 5),
+    order=st.sampled_from(["per_axis", "grouped"]),
+    concat_pos=st.booleans(),
+    sine_only=st.booleans(),
+    eps=st.sampled_from([None, 1e-5]),
+    masked=st.booleans(),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_small_shape(
+    backend: str, sizes: tuple[int, ...], shared: bool, eps: float | None, masked: bool, **features: Any
+) -> None:
+    batch, *others = sizes
+    shape = AbsorbedShape(batch, 1 if shared else batch, *others, **features)
+    mask = make_mask(shape) if masked else None
+    check_against_reference(make_inputs(shape), shape.bands, backend, eps=eps, mask=mask)
+
+
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_data_dtypes(backend: str, shape: AbsorbedShape) -> None:
-    for dtype in declared(OP, backend).data_dtypes:
-        if dtype == torch.bfloat16 and backend == "triton" and device_of(backend) == "cpu":
-            continue  # Triton's interpreter does not know it
+    for dtype in dtypes_of(OP, backend):
         check_against_reference(make_inputs(shape).map(lambda x: x.to(dtype)), shape.bands, backend, eps=1e-5)  # noqa: B023
 
 
@@ -456,6 +478,7 @@ def build(kernel: str, channels: int, axes: int, num_bands: int) -> Build:
     )
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "num_bands"), [("fwd", 6), ("fwd", 64), ("bwd_rows", 6), ("bwd_tokens", 6), ("bwd_tokens", 64)]
 )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import available_backends, declared, device_of, dtypes_of, interpreted
 from torch import Tensor, nn
@@ -306,7 +306,7 @@ def test_more_channels_than_a_backend_takes(backend: str) -> None:
         feed_forward(x, None, None, weight_in, None, weight_out, None)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "kind", "channels", "arch"),
     [("fwd", "*fp32", 16384, 80), ("bwd", "*bf16", 1024, 90), ("bwd", "*fp32", 8192, 80)],

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse, error
-from shapes import available_backends, declared, device_of
+from shapes import available_backends, device_of, dtypes_of
 from torch import Tensor
 
 from perceiver_kernels.backends.reference import fourier_encode as reference
@@ -26,15 +26,8 @@ SPACINGS: dict[str, Any] = {"linear": "linear", "log2": "log2", "explicit": [0.5
 FEATURES = [(True, False), (True, True), (False, False), (False, True)]
 
 
-def dtypes_of(backend: str) -> list[torch.dtype]:
-    """What a backend takes and writes; Triton's interpreter truncates to bfloat16 where a GPU rounds."""
-    dtypes = declared(OP, backend).data_dtypes
-    truncates = backend == "triton" and interpreting()
-    return [dtype for dtype in dtypes if not (truncates and dtype == torch.bfloat16)]
-
-
 def widest(backend: str) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes_of(backend) else torch.float32
+    return torch.float64 if torch.float64 in dtypes_of(OP, backend) else torch.float32
 
 
 def slack(backend: str) -> float:
@@ -122,13 +115,13 @@ COUNTS = {backend: [0, 1, 8, 15, 33 if backend == "triton" and interpreting() el
 
 
 @pytest.mark.parametrize(
-    "backend, dtype, count", [(b, d, n) for b in BACKENDS for d in dtypes_of(b) for n in COUNTS[b]], ids=str
+    "backend, dtype, count", [(b, d, n) for b in BACKENDS for d in dtypes_of(OP, b) for n in COUNTS[b]], ids=str
 )
 def test_dtypes_and_counts(backend: str, dtype: torch.dtype, count: int) -> None:
     positions = random_positions(2, count, dtype=dtype, backend=backend).t()  # strided
     truth = explicit_formula(positions, frequencies_of("linear", 6, [12.0, 12.0]), "per_axis", True, False)
     with use_backend(backend):
-        for result in dtypes_of(backend):
+        for result in dtypes_of(OP, backend):
             actual = fourier_encode(positions, 6, 12.0, dtype=result)
             assert actual.dtype == result
             assert_rounded_once(actual, truth, backend)
@@ -144,7 +137,9 @@ def test_long_recurrences_stay_accurate(backend: str, num_bands: int) -> None:
         assert_rounded_once(fourier_encode(positions, num_bands, 224.0), truth, backend)
 
 
-@pytest.mark.parametrize("backend, dtype", [(b, d) for b in BACKENDS for d in dtypes_of(b) if d.itemsize < 8], ids=str)
+@pytest.mark.parametrize(
+    "backend, dtype", [(b, d) for b in BACKENDS for d in dtypes_of(OP, b) if d.itemsize < 8], ids=str
+)
 def test_no_worse_than_plain(backend: str, dtype: torch.dtype) -> None:
     positions = random_positions(30, 3, dtype=dtype, backend=backend)
     positions[0], positions[1] = 7.0, -123.0
@@ -193,7 +188,7 @@ def test_backends_agree(data: st.DataObject) -> None:
     }
     max_freq, results = data.draw(number), []
     for backend in BACKENDS:
-        if options["dtype"] in dtypes_of(backend):
+        if options["dtype"] in dtypes_of(OP, backend):
             on_device = positions.view(count, axes).to(device_of(backend))
             with use_backend(backend):
                 results.append(fourier_encode(on_device, num_bands, max_freq, **options).cpu())
@@ -328,7 +323,7 @@ def test_forced_backend_that_cannot_run() -> None:
         fourier_encode(torch.zeros(3, 2), 4, 9.0)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@needs_triton
 def test_triton_does_not_take_float64() -> None:
     positions = random_positions(3, 2, backend="triton")
     message = "compute dtype is float64, must be float32 or bfloat16 or float16; data dtype is float64"
@@ -336,7 +331,7 @@ def test_triton_does_not_take_float64() -> None:
         fourier_encode(positions, 4, 9.0)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("bits, packed, arch", [(16, True, 90), (32, True, 80), (32, False, 90)])
 def test_machine_code_of_grids(bits: int, packed: bool, arch: int) -> None:
     """A photograph's tokens, 3 + 2 * 129 channels: copied in stores of 16 bytes, without any wave or spill."""
@@ -360,7 +355,7 @@ def test_machine_code_of_grids(bits: int, packed: bool, arch: int) -> None:
     assert found.loop / elements <= 12, "instructions per element"
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("kind, arch", [("fp32", 80), ("bf16", 90)])
 def test_machine_code_of_points(kind: str, arch: int) -> None:
     build = Build(

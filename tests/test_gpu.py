@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import perceiver_kernels as pk
 from perceiver_kernels.backends.triton.runtime import interpreting
+from perceiver_kernels.graphs import capture
 
 HAS_GPU = torch.cuda.is_available() and not interpreting()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU, and kernels compiled for it")]
@@ -113,25 +114,12 @@ def test_results_repeat_bit_for_bit(name: str) -> None:
             assert torch.equal(one, other)
 
 
-def warmed_up(call: Callable[[], object]) -> None:
-    """Three calls beside the current stream, as torch wants them before a capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
 @pytest.mark.parametrize("direction", ["forward", "forward_and_backward"])
 @pytest.mark.parametrize("name", GRAPHED)
 def test_a_cuda_graph_computes_on_new_data(name: str, direction: str) -> None:
     work = WORK[name]("cuda")
     call = getattr(work, direction)
-    warmed_up(call)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = call()
+    graph, recorded = capture(call)
     with torch.no_grad():
         for tensor in work.inputs:
             tensor.copy_(torch.randn_like(tensor))
@@ -147,10 +135,7 @@ def test_a_graph_of_a_whole_model() -> None:
     model.to("cuda").eval()
     image = torch.randn(2, 20, 17, 3, device="cuda")
     work = Work([image], lambda image: model(image))
-    warmed_up(work.forward)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = work.forward()
+    graph, recorded = capture(work.forward)
     image.copy_(torch.randn_like(image))
     graph.replay()
     assert torch.equal(recorded, work.forward())

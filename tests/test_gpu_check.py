@@ -217,7 +217,8 @@ def test_bars_of_nothing_are_not_measured() -> None:
     assert {bar.value for bar in gpu_bars.measured({}, 64, "bfloat16")} == {None}
 
 
-def test_ops_run_on_triton_in_the_interpreter_where_they_have_it() -> None:
+def test_ops_run_on_triton_in_the_interpreter_where_they_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # also where there is a GPU: nothing is launched
     with interpreted():
         for op in sorted({entry.op for entry in dispatch.declarations()}):
             call = dispatch.Call(op, "cpu", torch.float32, torch.float32)

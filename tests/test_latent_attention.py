@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import dense_attention
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import (
     LatentShape,
@@ -32,26 +34,12 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import torch_attention
-from perceiver_kernels.backends.reference.philox import dropout_scales
-from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.triton import tiles
 from perceiver_kernels.ops.latent_attention import OP, latent_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
 DOUBLE = [backend for backend in available_backends(OP) if torch.float64 in dtypes_of(OP, backend)]
 SHAPES = [(backend, shape) for backend in BACKENDS for shape in latent_shapes(backend)]
-NAMES = ("out", "d_q", "d_k", "d_v")
-
-
-def make_inputs(shape: LatentShape, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
-    """Float64 q, k, v and the gradient of out."""
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *size: torch.randn(shape.batch, shape.heads, *size, generator=g, dtype=torch.float64)  # noqa: E731
-    return [
-        spread * rand(shape.queries, shape.head_dim),
-        rand(shape.keys, shape.head_dim),
-        rand(shape.keys, shape.head_dim_v),
-        rand(shape.queries, shape.head_dim_v),
-    ]
 
 
 def wide_dtypes(backend: str) -> list[torch.dtype]:
@@ -63,50 +51,15 @@ def widest(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [tensor.to(wide_dtypes(backend)[0]) for tensor in inputs]
 
 
-def run(inputs: list[Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
-    """out and the gradients of q, k and v, where the backend runs; the inputs' strides are kept."""
-    q, k, v = (tensor.detach().to(device_of(backend)).requires_grad_() for tensor in inputs[:3])
-    with pk.use_backend(backend):
-        out = latent_attention(q, k, v, **options)
-        gradients = torch.autograd.grad(out, (q, k, v), inputs[3].to(q.device))
-    return dict(zip(NAMES, (out.detach(), *gradients), strict=True))
-
-
-def check_against_reference(
-    inputs: list[Tensor], backend: str, dtype: torch.dtype, amplification: float = 1.0, **options: Any
-) -> None:
-    typed = [tensor.to(dtype) for tensor in inputs]
-    truth = run([tensor.double() for tensor in typed], "reference", **options)
-    plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
-    for name, value in actual.items():
-        assert value.dtype == dtype
-        value = value.cpu()
-        # With a single key, or one score far above all others, they are zero.
-        if name in ("d_q", "d_k") and truth[name].numel() and truth[name].abs().max() < 1e-12:
-            check_zero(value, typed)
-            continue
-        assert_no_worse(value, plain[name], truth[name], name, amplification)
-
-
-def check_zero(value: Tensor, inputs: list[Tensor]) -> None:
-    """A softmax over one key is 1, whatever the score: its gradients are differences of equal terms, each rounded."""
-    q, k, v, d_out = (tensor.double().abs() for tensor in inputs)
-    term = 2 * (d_out @ v.transpose(2, 3)).max() * max(q.max(), k.max())
-    assert value.abs().max() <= 16 * torch.finfo(value.dtype).eps * term
+run = partial(dense_attention.run, latent_attention)
+check_against_reference = partial(dense_attention.check_against_reference, latent_attention)
 
 
 # --- the reference against explicit loops ---------------------------------------------------------------------------
 
 
 def test_reference_is_the_formula() -> None:
-    q, k, v, _ = make_inputs(LatentShape(2, 2, 3, 5, 4, 3))
-    with pk.use_backend("reference"):
-        out = latent_attention(q, k, v, scale=0.3)
-    for b, h, n in itertools.product(range(2), range(2), range(3)):
-        scores = [0.3 * (q[b, h, n] @ k[b, h, m]) for m in range(5)]
-        total = sum(math.exp(score) for score in scores)
-        expected = sum(math.exp(score) / total * v[b, h, m] for m, score in enumerate(scores))
-        torch.testing.assert_close(out[b, h, n], expected)
+    dense_attention.check_formula(latent_attention, keys=[0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,21 +147,6 @@ def packed_projection(inputs: list[Tensor]) -> list[Tensor]:
     return [q, k, v, inputs[3].transpose(1, 2).contiguous().transpose(1, 2)]
 
 
-def channels_strided(inputs: list[Tensor]) -> list[Tensor]:
-    return [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in inputs]
-
-
-def misaligned(inputs: list[Tensor]) -> list[Tensor]:
-    return [F.pad(tensor, (1, 2, 1, 0))[..., 1:, 1:-2] for tensor in inputs]
-
-
-def expanded(inputs: list[Tensor]) -> list[Tensor]:
-    """One head for all, one row for all, one channel for all, and the gradient of a sum."""
-    q, k, v, gradient = inputs
-    one = gradient.new_ones(()).expand(gradient.shape)
-    return [q[:, :1].expand_as(q), k[:, :, :1].expand_as(k), v[..., :1].expand_as(v), one]
-
-
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [(b, dtype) for b in BACKENDS for dtype in dtypes_of(OP, b) if dtype in (torch.float32, dtypes_of(OP, b)[-1])],
@@ -227,8 +165,7 @@ def test_strides(backend: str, layout: Callable[[list[Tensor]], list[Tensor]], d
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_results_lie_as_the_projections_read_them(backend: str) -> None:
-    for value in run(widest(make_inputs(LatentShape(2, 3, 5, 7, 4, 6)), backend), backend).values():
-        assert value.transpose(1, 2).is_contiguous()
+    dense_attention.check_results_lie_as_the_projections_read_them(latent_attention, backend, wide_dtypes(backend)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -244,19 +181,19 @@ def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_in_the_thousands(backend: str) -> None:
-    for spread in (300.0, 1e4):
+    """Scores reach 1200 and 40,000, and a weight is off by eps times its score.
+
+    Outputs and d_v of 200 other seeds by native and 20 by triton needed 74 and 2379 times the units of the table.
+    """
+    for spread, amplification in ((300.0, 128.0), (1e4, 4096.0)):
         inputs = make_inputs(LatentShape(1, 2, 40, 300, 16, 16), spread=spread)
         for dtype in wide_dtypes(backend):
-            check_against_reference(inputs, backend, dtype, amplification=spread)
+            check_against_reference(inputs, backend, dtype, amplification=amplification)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_that_grow_and_fall_from_block_to_block(backend: str) -> None:
-    """The running maximum moves with every block of keys, or never; a score above all others, first and last."""
-    q, k, v, gradient = make_inputs(LatentShape(1, 1, 5, 700, 1, 8))
-    for keys in (torch.arange(700.0), -torch.arange(700.0), (torch.arange(700.0) == 699) * 900.0):
-        inputs = [torch.full_like(q, 0.7), keys.double().view(k.shape), v, gradient]
-        check_against_reference(inputs, backend, torch.float32, amplification=100.0)
+    dense_attention.check_growing_and_falling_scores(latent_attention, backend, rows=5, keys=700)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -268,7 +205,7 @@ def test_all_scores_far_below_zero(backend: str) -> None:
         truth, plain = latent_attention(q.double(), k.double(), v.double()), latent_attention(q, k, v)
     with pk.use_backend(backend):
         out = latent_attention(*(tensor.to(device_of(backend)) for tensor in (q, k, v)))
-    assert_no_worse(out.cpu(), plain, truth, amplification=2e4)
+    assert_no_worse(out.cpu(), plain, truth)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -286,29 +223,12 @@ def test_dropout_is_the_same_on_every_backend(backend: str, shape: LatentShape, 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_dropout_mask_is_that_of_its_counters(backend: str) -> None:
-    """With equal scores and the identity as values, the output is the mask."""
-    batch, heads, queries, keys = (2, 2, 40, 70) if interpreted(backend) else (2, 3, 100, 200)
-    device = device_of(backend)
-    q, k = torch.zeros(batch, heads, queries, 1, device=device), torch.zeros(batch, heads, keys, 1, device=device)
-    v = torch.eye(keys, device=device).expand(batch, heads, keys, keys)
-    with pk.use_backend(backend):
-        out = latent_attention(q, k, v, dropout_p=0.3, seed=11)
-        other = latent_attention(q, k, v, dropout_p=0.3, seed=12)
-    scales = dropout_scales(torch.Size((batch, heads * queries, keys)), 0.3, 11, torch.float32, q.device)
-    assert torch.equal(out != 0, scales.view(out.shape) != 0)
-    assert not torch.equal(out, other)
-    # Each weight is kept with probability 0.7.
-    deviation = math.sqrt(0.3 * 0.7 / out.numel())
-    assert abs((out != 0).float().mean().item() - 0.7) < 5 * deviation
+    size = (2, 2, 40, 70) if interpreted(backend) else (2, 3, 100, 200)
+    dense_attention.check_dropout_mask(latent_attention, backend, size)
 
 
 def test_dropout_draws_from_torch_s_generator() -> None:
-    q, k, v, _ = make_inputs(LatentShape(1, 2, 8, 64, 4, 4))
-    torch.manual_seed(5)
-    first, second = (latent_attention(q, k, v, dropout_p=0.3) for _ in range(2))
-    torch.manual_seed(5)
-    assert torch.equal(latent_attention(q, k, v, dropout_p=0.3), first)
-    assert not torch.equal(first, second)
+    dense_attention.check_dropout_draws_from_torch_s_generator(latent_attention)
 
 
 # --- determinism, NaN, nothing --------------------------------------------------------------------------------------
@@ -316,10 +236,7 @@ def test_dropout_draws_from_torch_s_generator() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(2, 2, 40, 70, 8, 8))]
-    first, second = (run(inputs, backend, dropout_p=0.1, seed=1) for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    dense_attention.check_two_runs_are_equal(latent_attention, backend, LatentShape(2, 2, 40, 70, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [LatentShape(1, 3, 300, 400, 32, 40), LatentShape(7, 5, 20, 33, 8, 8)], ids=str)
@@ -342,53 +259,36 @@ def test_the_number_of_threads_changes_nothing(backend: str, shape: LatentShape)
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(backend: str, which: int) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
-    inputs[which][0, 0, 17, 3] = math.nan
-    actual, expected = run(inputs, backend), run(inputs, "reference")
-    for name, value in actual.items():
-        assert torch.equal(value.isnan().cpu(), expected[name].isnan()), name
-        assert value[:, 1].isfinite().all()
+    shape = LatentShape(1, 2, 30, 140, 8, 8)
+    dense_attention.check_nan_reaches_what_depends_on_it(latent_attention, backend, which, shape)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinite_inputs_do_no_harm_elsewhere(backend: str, which: int, value: float) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
-    inputs[which][0, 0, 17, 3] = value
-    actual, expected = run(inputs, backend), run(inputs, "reference")
-    assert torch.equal(actual["out"].isfinite().cpu(), expected["out"].isfinite())
-    for result in actual.values():
-        assert result[:, 1].isfinite().all()
+    shape = LatentShape(1, 2, 30, 140, 8, 8)
+    dense_attention.check_infinity_does_no_harm_elsewhere(latent_attention, backend, which, value, shape)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> None:
-    inputs = widest(make_inputs(LatentShape(1, 2, 4, 150, 1, 3)), backend)
-    inputs[0].abs_()
-    inputs[1][0, 0] = -math.inf
-    out = run(inputs, backend)["out"]
-    assert (out[0, 0] == 0).all()
-    assert (out[0, 1] != 0).all()
+    dense_attention.check_scores_of_minus_infinity_give_zeros(latent_attention, backend, wide_dtypes(backend)[0])
 
 
 @pytest.mark.parametrize(
     "shape",
-    [LatentShape(0, 2, 3, 4, 5, 6), LatentShape(2, 0, 3, 4, 5, 6), LatentShape(2, 2, 0, 4, 5, 6)],
+    [
+        LatentShape(0, 2, 3, 4, 5, 6),
+        LatentShape(2, 0, 3, 4, 5, 6),
+        LatentShape(2, 2, 0, 4, 5, 6),
+        LatentShape(2, 2, 3, 0, 5, 6),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_nothing_in_nothing_out(backend: str, shape: LatentShape) -> None:
-    inputs = widest(make_inputs(shape), backend)
-    for value, like in zip(run(inputs, backend).values(), (inputs[3], *inputs[:3]), strict=True):
-        assert value.shape == like.shape
-        assert (value == 0).all()
-
-
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_no_keys_give_zeros(backend: str) -> None:
-    results = run(widest(make_inputs(LatentShape(2, 2, 3, 0, 5, 6)), backend), backend)
-    assert all((value == 0).all() for value in results.values())
+def test_nothing_in_zeros_out(backend: str, shape: LatentShape) -> None:
+    dense_attention.check_zeros(latent_attention, backend, shape, wide_dtypes(backend)[0])
 
 
 @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
@@ -428,26 +328,13 @@ def test_opcheck(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_compiles_whole_with_dynamic_shapes() -> None:
-    def f(qkv: Tensor) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        return latent_attention(q, k, v).transpose(1, 2).flatten(2).square().sum() * 2
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True)
-    for rows in (12, 33):
-        leaves = [torch.randn(2, rows, 3, 4, 8, generator=torch.Generator().manual_seed(rows)) for _ in range(2)]
-        results = [g(leaf.requires_grad_()) for g, leaf in zip((f, compiled), leaves, strict=True)]
-        torch.testing.assert_close(results[0], results[1])
-        gradients = [torch.autograd.grad(result, leaf) for result, leaf in zip(results, leaves, strict=True)]
-        torch.testing.assert_close(gradients[0], gradients[1])
+    dense_attention.check_compiles_whole_with_dynamic_shapes(latent_attention, masked=False)
 
 
 def test_autocast_casts_as_torch_does() -> None:
+    dense_attention.check_autocast_casts_as_torch_does(latent_attention)
     q, k, v, _ = (tensor.float() for tensor in make_inputs(LatentShape(1, 2, 9, 9, 8, 8)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for inputs in ((q, k, v), (q.bfloat16(), k, v), (q.double(), k.double(), v.double())):
-            ours, theirs = latent_attention(*inputs), F.scaled_dot_product_attention(*inputs)
-            assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
         compiled = torch.compile(lambda *inputs: latent_attention(*inputs), fullgraph=True)
         assert compiled(q, k, v).dtype == torch.bfloat16
     leaf = q.requires_grad_()
@@ -457,11 +344,7 @@ def test_autocast_casts_as_torch_does() -> None:
 
 
 def test_second_derivatives_are_refused() -> None:
-    q, k, v, _ = make_inputs(LatentShape(1, 1, 3, 4, 2, 2))
-    out = latent_attention(q.requires_grad_(), k, v)
-    (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="latent_attention has no second derivatives"):
-        gradient.sum().backward()
+    dense_attention.check_second_derivatives_are_refused(latent_attention)
 
 
 def test_explain_and_the_limit_of_the_native_kernel() -> None:
@@ -592,7 +475,7 @@ def build(kernel: str, dtype: torch.dtype, head_dim: int, arch: int) -> Build:
     return Build(name, signature, constants, arch, choice.warps, choice.stages, (*strides, "queries", "keys"))
 
 
-@pytest.mark.skipif(bool(runtime.unavailable()), reason="no Triton")
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "dtype", "head_dim", "arch", "per_pair"),
     [
@@ -619,30 +502,6 @@ def test_machine_code(kernel: str, dtype: torch.dtype, head_dim: int, arch: int,
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q": torch.zeros(2, 5, 4)}, "q has 3 dimensions, must have 4"),
-        ({"k": torch.zeros(2, 7, 4)}, "k has 3 dimensions, must have 4"),
-        ({"v": torch.zeros(6)}, "v has 1 dimensions, must have 4"),
-        ({"q": torch.zeros(2, 3, 5, 0), "k": torch.zeros(2, 3, 7, 0)}, "q has head_dim 0, must have at least 1"),
-        ({"v": torch.zeros(2, 3, 7, 0)}, "v has head_dim 0, must have at least 1"),
-        ({"q": torch.zeros(2, 3, 5, 4, dtype=torch.int64)}, "q has dtype torch.int64, must be float32, float64"),
-        ({"k": torch.zeros(2, 3, 7, 4).double()}, "k has dtype torch.float64, must be torch.float32 as q has"),
-        ({"v": torch.zeros(2, 3, 7, 6).half()}, "v has dtype torch.float16, must be torch.float32 as q has"),
-        ({"k": torch.zeros(2, 3, 7, 4, device="meta")}, "k is on meta, must be on cpu as q is"),
-        ({"v": torch.zeros(2, 3, 7, 6, device="meta")}, "v is on meta, must be on cpu as q is"),
-        ({"k": torch.zeros(1, 3, 7, 4)}, "k has batch 1, must be 2 as q has"),
-        ({"v": torch.zeros(2, 1, 7, 6)}, "v has 1 heads, must have 3 as q has"),
-        ({"k": torch.zeros(2, 3, 7, 5)}, "k has head_dim 5, must have 4 as q has"),
-        ({"v": torch.zeros(2, 3, 8, 6)}, "v has 8 tokens, must have 7 as k has"),
-        ({"dropout_p": 1.0}, "dropout_p is 1.0, must be at least 0 and less than 1"),
-        ({"dropout_p": math.nan}, "dropout_p is nan, must be at least 0 and less than 1"),
-        ({"seed": -1}, r"seed is -1, must be from 0 to 2\^63 - 1"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+@pytest.mark.parametrize(("changes", "message"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else "")
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
-    inputs = {"q": torch.zeros(2, 3, 5, 4), "k": torch.zeros(2, 3, 7, 4), "v": torch.zeros(2, 3, 7, 6)}
-    with pytest.raises(ValueError, match=message):
-        latent_attention(**{**inputs, **changes})
+    dense_attention.check_bad_input(latent_attention, changes, message)

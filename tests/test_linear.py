@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse, error
 from shapes import available_backends, device_of, dtypes_of, interpreted
 from torch import Tensor, nn
@@ -499,11 +499,10 @@ def test_a_gpu_s_small_calls_are_composed() -> None:
     assert small_on_gpu(2000, weight) and not small_on_gpu(3000, weight)
 
 
+@needs_triton
 @pytest.mark.parametrize("name", ["onednn", "widened"])
 def test_triton_heeds_no_product_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its availability nor the dtype that it would multiply in."""
-    if "triton" not in BACKENDS:
-        pytest.skip("no Triton")
     monkeypatch.setenv(matrix_product.ENVIRONMENT, name)
     monkeypatch.setattr(matrix_product, "PROVIDERS", {})
     for dtype in (torch.float32, torch.float16):
@@ -525,7 +524,7 @@ def test_two_runs_are_bitwise_equal(kind: str) -> None:
 POINTERS = ("product", "bias", "residual", "out", "d_out", "d_product", "inner")
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "dtype", "tanh", "arch"),
     [("fwd", torch.bfloat16, False, 90), ("bwd", torch.bfloat16, False, 80), ("bwd", torch.float32, True, 90)],

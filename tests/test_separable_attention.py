@@ -19,6 +19,7 @@ from shapes import (
     available_backends,
     declared,
     device_of,
+    dtypes_of,
     interpreted,
     separable_shapes,
 )
@@ -35,12 +36,6 @@ COMPUTE_DTYPES = [(backend, dtype) for backend in BACKENDS for dtype in declared
 def widest(backend: str) -> torch.dtype:
     """The most exact dtype that a backend computes in."""
     return max(declared(OP, backend).compute_dtypes, key=lambda dtype: torch.finfo(dtype).bits)
-
-
-def floating_data_dtypes(backend: str) -> list[torch.dtype]:
-    """Those that a backend's tests can run: the interpreter has no bfloat16."""
-    dtypes = [dtype for dtype in declared(OP, backend).data_dtypes if dtype.is_floating_point]
-    return [dtype for dtype in dtypes if not (interpreted(backend) and dtype == torch.bfloat16)]
 
 
 def make_inputs(
@@ -134,19 +129,56 @@ def named_leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def over_grid(per_axis: list[Tensor]) -> Tensor:
+    """(batch, rows, tokens): of every token, the sum over the axes of (batch, rows, positions) values."""
+    axes = len(per_axis)
+    spread = [v.reshape(*v.shape[:2], *([1] * k), -1, *([1] * (axes - 1 - k))) for k, v in enumerate(per_axis)]
+    return sum(spread[1:], spread[0]).flatten(2)
+
+
+def gradient_terms(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The magnitudes of what the gradients of `run` are sums of; the loss is drawn as there."""
+    a, tables, x, mask = (inputs[name] for name in ("a", "tables", "x", "mask"))
+    r = torch.ones(x.shape[:2], dtype=x.dtype) if inputs["r"] is None else inputs["r"]
+    g, sizes = torch.Generator().manual_seed(1), [table.shape[2] for table in tables]
+    like = [(x.shape[2],), *((size,) for size in sizes), (), ()]
+    upstream = [torch.randn(len(x), a.shape[1], *shape, generator=g, dtype=torch.float64).abs() for shape in like]
+    d_acc, *d_marginals, d_lse, d_total = upstream
+    scores = r[:, None] * (a @ x.transpose(1, 2) + over_grid(tables))
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -math.inf)
+    weights = scores.softmax(-1).nan_to_num()
+    d_factors = d_acc @ x.abs().transpose(1, 2) + over_grid(d_marginals) + d_total[..., None]
+    d_weights = r[:, None] * d_factors
+    d_scores = weights * (d_weights + (weights * d_weights).sum(-1, keepdim=True) + d_lse[..., None])
+    d_sums = r[:, None] * d_scores
+    sums = a.abs() @ x.abs().transpose(1, 2) + over_grid([table.abs() for table in tables])
+    over_batch = lambda value: value.sum(0, keepdim=True) if len(a) == 1 else value  # noqa: E731
+    by_axis = [d_sums.unflatten(2, sizes).movedim(2 + k, 2).flatten(2) for k in range(len(sizes))]
+    return {
+        "d_a": over_batch(d_sums @ x.abs()),
+        "d_x": d_sums.transpose(1, 2) @ a.abs() + (weights * r[:, None]).transpose(1, 2) @ d_acc,
+        "d_r": (d_scores * sums + weights * d_factors).sum(1),
+        **{f"d_tables[{k}]": over_batch(by_axis[k].unflatten(2, (size, -1)).sum(3)) for k, size in enumerate(sizes)},
+    }
+
+
 def check_against_reference(
     inputs: dict[str, Any],
     backend: str,
     dtype: torch.dtype,
     x_dtype: torch.dtype | None = None,
     amplification: float = 1.0,
+    by_terms: bool = False,
     **options: Any,
 ) -> None:
     typed = cast(inputs, dtype, x_dtype)
-    truth = run(cast(typed, torch.float64, torch.float64), "reference", **options)
+    wide = cast(typed, torch.float64, torch.float64)
+    truth = run(wide, "reference", **options)
     plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
+    terms = gradient_terms(wide) if by_terms else {}
     for name, value in actual.items():
-        assert_no_worse(value, plain[name], truth[name], name, amplification)
+        assert_no_worse(value, plain[name], truth[name], name, amplification, terms.get(name))
 
 
 # --- the reference against explicit loops ---------------------------------------------------------------------------
@@ -220,7 +252,7 @@ def test_shape_grid(backend: str, shape: SeparableShape, with_r: bool, masked: b
 
 @pytest.mark.parametrize(
     ("backend", "x_dtype"),
-    [(backend, dtype) for backend in BACKENDS for dtype in floating_data_dtypes(backend)],
+    [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(OP, backend) if dtype.is_floating_point],
     ids=str,
 )
 def test_data_dtypes(backend: str, x_dtype: torch.dtype) -> None:
@@ -298,11 +330,11 @@ def check_any_call(
 ) -> None:
     shape = SeparableShape(batch, 1 if shared else batch, rows, channels, tuple(grid))
     dtype = widest(backend)
-    # Scores in the thousands: against 80-bit arithmetic ours are off by up to 557 units, over 400 such cases.
-    # Of float32 as much as the tests of steep scores allow.
-    amplification = {torch.float64: 4.0, torch.float32: 32.0}[dtype] if spread == 30.0 else 1.0
+    # Of 800 such cases of native and 34 of triton, the worst needed 2.4 in float32 and 0.6 in float64 where the spread
+    # is 30 and scores reach some hundreds, and of 300 where it is 1, 0.08 in float32.
+    amplification = {torch.float64: 1.0, torch.float32: 4.0}[dtype] if spread == 30.0 else 0.25
     inputs = make_inputs(shape, masked=masked, spread=spread, seed=seed)
-    check_against_reference(inputs, backend, dtype, amplification=amplification)
+    check_against_reference(inputs, backend, dtype, amplification=amplification, by_terms=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -346,7 +378,8 @@ def test_strides(backend: str, layout: str) -> None:
 def test_scores_that_grow_and_fall_far_beyond_the_exponent_range(backend: str) -> None:
     """The lazy reference point: rising, falling and far-apart scores lose nothing against a plain softmax.
 
-    Scores of 2000 are known to 1 part in 2^23, weights therefore to some 1000 units: of those, 32 are allowed.
+    Scores of 2000 are known to 1 part in 2^23, weights therefore to some 1000 units: 32 times 16 are allowed, and
+    measured as needed are 27 times by native, 6 by triton.
     """
     rows, grid = 3, (12, 20) if interpreted(backend) else (40, 130)
     x = torch.zeros(1, grid[0] * grid[1], 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import Build, figures
+from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import available_backends, declared, device_of
 
@@ -121,7 +121,7 @@ def test_opcheck(backend: str) -> None:
         )
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize(("kind", "arch"), [("fp32", 80), ("bf16", 90), ("u8", 90)])
 def test_machine_code(kind: str, arch: int) -> None:
     vectors = [f"{of}_{axis}" for of in ("sums", "squares") for axis in range(4)]

@@ -9,28 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import Build, Figures, figures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from machine_code import Build, Figures, figures, needs_triton
 from numerics import assert_no_worse
-from shapes import QUERY_SHAPES, QueryShape, available_backends, declared, device_of
+from shapes import QUERY_SHAPES, QueryShape, available_backends, device_of, dtypes_of
 from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends.reference.philox import dropout_scales
-from perceiver_kernels.backends.triton.runtime import interpreting
 from perceiver_kernels.backends.triton.tiles import Tiles
 from perceiver_kernels.ops.separable_query_attention import OP, explain, separable_query_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
 
 
-def data_dtypes(backend: str) -> list[torch.dtype]:
-    """What the backend reads values in; the interpreter has no bfloat16."""
-    dtypes = declared(OP, backend).data_dtypes
-    return [dtype for dtype in dtypes if dtype != torch.bfloat16 or backend != "triton" or not interpreting()]
-
-
-TYPED = [(backend, dtype) for backend in BACKENDS for dtype in data_dtypes(backend)]
+TYPED = [(backend, dtype) for backend in BACKENDS for dtype in dtypes_of(OP, backend)]
 
 
 def make_inputs(
@@ -184,6 +179,25 @@ def test_optional_inputs(backend: str, with_h: bool, with_r: bool, masked: bool)
     if masked:
         assert (results["out"][-1] == 0).all()
         assert (results["d_v"][-1] == 0).all()
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    shared=st.tuples(st.booleans(), st.booleans()),
+    sizes=st.tuples(*[st.integers(*limits) for limits in ((1, 2), (1, 2), (1, 20), (-1, 4), (1, 9))]),
+    grid=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    with_h=st.booleans(),
+    with_r=st.booleans(),
+    masked=st.booleans(),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_small_shape(
+    backend: str, shared: tuple[bool, bool], sizes: tuple[int, ...], grid: list[int], **inputs: bool
+) -> None:
+    batch, *others = sizes
+    table_batch, query_batch = (1 if one else batch for one in shared)
+    shape = QueryShape(batch, table_batch, query_batch, *others, tuple(grid))
+    check_against_reference(make_inputs(shape, **inputs), backend, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -417,6 +431,7 @@ def built(kernel: str, arch: int, dtype: str, tiles: Tiles, ones: bool = False) 
     )
 
 
+@needs_triton
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_queries", "bwd_keys", "bwd_values"])
 def test_compiles_where_every_size_is_one(kernel: str) -> None:
     assert built(kernel, 90, "fp32", SMALL_TILES, ones=True).registers
@@ -426,6 +441,7 @@ WIDE, NARROW, SMALL_TILES = Tiles(64, 64), Tiles(32, 64), Tiles(32, 32)
 
 
 # The limits are what was measured on sm_90, and a little: registers, and instructions per pair.
+@needs_triton
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     ("kernel", "tiles", "registers", "per_pair"),
@@ -447,6 +463,7 @@ def test_compiles_for_gpus_with_16_bit_values(
         assert result.per_pair <= per_pair
 
 
+@needs_triton
 @pytest.mark.parametrize(
     ("kernel", "tiles"), [("fwd", SMALL_TILES), ("bwd_keys", SMALL_TILES), ("bwd_values", SMALL_TILES)]
 )

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from perceiver_kernels import graphs
 from perceiver_kernels.benchmarking import tables
 from perceiver_kernels.benchmarking.cases import Case
 from perceiver_kernels.benchmarking.measure import (
@@ -130,15 +131,7 @@ class GraphedCall:
     """A call as one CUDA graph, so that nothing of its time is that of launching."""
 
     def __init__(self, call: Callable[[], object]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            call()
+        self.graph, _ = graphs.capture(call)
 
     def __call__(self) -> None:
         self.graph.replay()
