@@ -159,10 +159,15 @@ def select(call: Call) -> Declaration:
     raise BackendError(f"{call.op} cannot run on the backend {wanted!r} that was asked for:\n{describe(call)}")
 
 
-def describe(call: Call) -> str:
-    """Which backend would run the call, and every other backend's reasons why not."""
+def describe(call: Call, instead: str | None = None) -> str:
+    """Which backend would run the call, and every other backend's reasons why not.
+
+    Args:
+        call: what to run.
+        instead: what runs it in the place of all backends, where something does.
+    """
     wanted = current_backend()
-    lines, chosen = [], False
+    lines, chosen = ([], False) if instead is None else ([f"  {instead}: runs this call"], True)
     for entry in _declarations[call.op]:
         reasons = entry.not_supported_reasons(call)
         if wanted not in ("auto", entry.backend):

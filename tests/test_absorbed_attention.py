@@ -26,6 +26,8 @@ from perceiver_kernels.ops.fourier_encode import FourierBands, fourier_encode
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
 NAMES = ("acc", "lse", "total", "d_a", "d_x")
 
+pytestmark = pytest.mark.usefixtures("fused_multiply_add")
+
 
 @dataclass(frozen=True)
 class AbsorbedShape:

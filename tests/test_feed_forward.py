@@ -329,8 +329,11 @@ def test_machine_code(kernel: str, kind: str, channels: int, arch: int) -> None:
     assert found.spills == 0
 
 
-def test_explain_names_the_backend() -> None:
-    assert f"{DOUBLE[0]}: runs this call" in pk.explain(feed_forward, torch.zeros(3, 2), None, None, torch.zeros(4, 2))
+def test_explain_names_what_runs_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = torch.zeros(3, 2), None, None, torch.zeros(4, 2)
+    assert "torch's own operators, since the call is small: runs this call" in pk.explain(feed_forward, *arguments)
+    monkeypatch.setattr(matrix_product, "SMALL", 0)
+    assert f"{DOUBLE[0]}: runs this call" in pk.explain(feed_forward, *arguments)
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {

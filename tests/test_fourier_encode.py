@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,22 +38,7 @@ def slack(backend: str) -> float:
 WITH_FLOAT64 = [backend for backend in BACKENDS if widest(backend) == torch.float64]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fused_multiply_add() -> Iterator[None]:
-    """The interpreter's fma rounds the product too; a GPU's does not, and angles are reduced by that."""
-    if "triton" not in BACKENDS or not interpreting():
-        yield
-        return
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(_: Any, x: Any, y: Any, z: Any) -> Any:
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_fma", create_fma)
-        yield
+pytestmark = pytest.mark.usefixtures("fused_multiply_add")
 
 
 def explicit_formula(

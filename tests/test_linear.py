@@ -553,8 +553,26 @@ def test_machine_code(kernel: str, dtype: torch.dtype, tanh: bool, arch: int) ->
     assert found.registers <= 168
 
 
-def test_explain_names_the_backend() -> None:
-    assert f"{DOUBLE[0]}: runs this call" in pk.explain(linear, torch.zeros(3, 2), torch.zeros(4, 2))
+def test_explain_names_what_runs_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(3, 2), torch.zeros(4, 2)
+    assert "torch's own operators, since the call is small: runs this call" in pk.explain(linear, x, weight)
+    assert f"{DOUBLE[0]}: would do" in pk.explain(linear, x, weight)
+    monkeypatch.setattr(matrix_product, "SMALL", 0)
+    assert f"{DOUBLE[0]}: runs this call" in pk.explain(linear, x, weight)
+
+
+def test_explain_leaves_a_product_alone_to_torch_except_on_a_cpu() -> None:
+    x, weight = torch.zeros(3, 2, device="meta"), torch.zeros(4, 2, device="meta")
+    assert "torch's F.linear, after which nothing follows: runs this call" in pk.explain(linear, x, weight)
+    assert "F.linear" not in pk.explain(linear, x, weight, activation="gelu")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton")
+def test_explain_says_whose_products_they_are() -> None:
+    x, weight = (torch.zeros(size, device=device_of("triton")) for size in ((3, 2), (4, 2)))
+    with pk.use_backend("triton"):
+        text = pk.explain(linear, x, weight, activation="gelu")
+    assert "triton: runs this call, but for its products, which are torch's" in text
 
 
 GOOD: dict[str, Any] = {

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
 
 INTEGERS = (
-    *("form_batch", "rows", "padded_rows", "outer", "columns", "strips", "outer_table", "size_1"),
+    *("form_batch", "rows", "padded_rows", "outer", "columns", "strips", "outer_table", "size_3"),
     *("parts", "part_size", "groups", "group_size"),
 )
 DIVISIBLE = ("form_batch", "rows", "padded_rows")
@@ -34,7 +34,7 @@ def of_rows(kernel: str, rows: int, columns: int, arch: int = 90, **changes: Any
         pointers += ["upstream", "statistics"]
         signature["statistics_rows"] = "i32"
     constants |= changes
-    further = {f"size_{axis}": axis < constants["AXES"] for axis in (2, 3)}
+    further = {f"size_{axis}": axis > 4 - constants["AXES"] for axis in (1, 2)}
     signature |= {name: "i32" for name, exists in further.items() if exists}
     constants |= {name: 1 for name, exists in further.items() if not exists}
     name = f"separable_attention:separable_attention_{kernel}_kernel"
@@ -74,10 +74,10 @@ def test_on_sm_80(kernel: str, tile: tuple[int, int]) -> None:
     assert found.shuffles == found.spills == 0
 
 
-GRID = dict.fromkeys(("outer", "columns", "size_1"), "i32")
-STRIDES = {f"{name}_{axis}": "i32" for name in ("x", "r", "mask") for axis in ("batch", "1", "column")}
+GRID = dict.fromkeys(("outer", "columns", "size_3"), "i32")
+STRIDES = {f"{name}_{axis}": "i32" for name in ("x", "r", "mask") for axis in ("batch", "3", "column")}
 STRIDES |= {"x_channel": "i32"}
-ONE_OUTER_AXIS = {"size_2": 1, "size_3": 1} | {f"{name}_{axis}": 0 for name in ("x", "r", "mask") for axis in (2, 3)}
+ONE_OUTER_AXIS = {"size_1": 1, "size_2": 1} | {f"{name}_{axis}": 0 for name in ("x", "r", "mask") for axis in (1, 2)}
 
 
 @pytest.mark.parametrize("arch", [80, 90])

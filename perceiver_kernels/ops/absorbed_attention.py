@@ -66,9 +66,11 @@ def absorbed_attention(
         ValueError: shapes, dtypes or devices disagree, or positions require a gradient; the message names the argument.
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
-    Memory: O(batch * rows * C) beyond the inputs; on the reference, tokens and weights are stored in full. Backward is
-        deterministic and recomputes the weights.
-    Errors: angles are reduced exactly, so features are as accurate as if rounded once, up to some thousand radians.
+    Memory: O(batch * rows * C) beyond the inputs, and on a GPU partial sums, so many times acc, in backward a's
+        gradient, as the tokens are split into parts, until a GPU is filled. On the reference, the tokens,
+        batch * M * C, and the weights, batch * rows * M, are stored in full. Backward is deterministic and recomputes
+        the weights.
+    Errors: angles are reduced exactly, so features are off by about 1e-7, up to some million radians.
     Source: docs/separable_attention.md; the softmax is streamed as in Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     _check(a, x, positions, bands, eps, mask)

@@ -12,7 +12,7 @@ from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native_feed_forward
 from perceiver_kernels.backends.reference import feed_forward as reference
 from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
-from perceiver_kernels.ops.linear import ACTIVATIONS, compute_dtype, result_dtype, runs_composed
+from perceiver_kernels.ops.linear import ACTIVATIONS, compute_dtype, described, result_dtype, runs_composed
 from perceiver_kernels.ops.registration import define, register_pair
 from perceiver_kernels.ops.validation import DTYPES, check_floating, check_parameters, check_vector
 
@@ -87,8 +87,8 @@ def feed_forward(
 def explain(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight_in: Tensor, *_: Any, **__: Any
 ) -> str:
-    """Which backend would run this call of feed_forward, and the others' reasons why not."""
-    return dispatch.describe(_call(x, weight_in))
+    """What would run this call of feed_forward, and why nothing else would."""
+    return described(_call(x, weight_in), x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight_in)
 
 
 def _check(

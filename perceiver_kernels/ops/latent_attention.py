@@ -101,15 +101,14 @@ def _not_by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: floa
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0, **_: Any) -> str:
     """What would run this call of latent_attention, and why nothing else would."""
-    header, *lines = dispatch.describe(_call(q, v, dropout_p)).split("\n")
     scale = 1.0 if scale is None else scale
-    reason = _not_by_torch(q, k, v, dropout_p, scale)
+    call, torchs = _call(q, v, dropout_p), "torch's scaled_dot_product_attention"
     if _by_torch(q, k, v, dropout_p, scale, measure=False):
-        line = "runs this call"
-        lines = [other.replace("runs this call", "would do") for other in lines]
-    else:
-        line = f"no, {reason}" if reason else "would do, but is not expected or measured to be faster"
-    return "\n".join([header, f"  torch's scaled_dot_product_attention: {line}", *lines])
+        return dispatch.describe(call, instead=torchs)
+    reason = _not_by_torch(q, k, v, dropout_p, scale)
+    line = f"no, {reason}" if reason else "would do, but is not expected or measured to be faster"
+    header, *lines = dispatch.describe(call).split("\n")
+    return "\n".join([header, f"  {torchs}: {line}", *lines])
 
 
 define(

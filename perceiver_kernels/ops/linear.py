@@ -110,9 +110,28 @@ def _plain(rows: Tensor, weight: Tensor, own_dtype: torch.dtype, dtype: torch.dt
     return matrix_product.prefers_torch(rows, weight) and rows.shape[0] * weight.shape[0] < _MUCH
 
 
-def explain(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str:
-    """Which backend would run this call of linear, and the others' reasons why not."""
-    return dispatch.describe(_call(x, weight))
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> str:
+    """What would run this call of linear, and why nothing else would; which product a CPU takes is measured later."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    alone = rows.device.type != "cpu" and activation is None and residual is None
+    if not runs_composed(rows, weight) and alone and _plain(rows, weight, x.dtype, x.dtype):
+        return dispatch.describe(_call(x, weight), instead="torch's F.linear, after which nothing follows")
+    return described(_call(x, weight), rows, weight)
+
+
+def described(call: dispatch.Call, rows: Tensor, weight: Tensor) -> str:
+    """dispatch's description of a call, and what of it torch's own operators run."""
+    if runs_composed(rows, weight):
+        return dispatch.describe(call, instead="torch's own operators, since the call is small")
+    text = dispatch.describe(call)
+    return text.replace("triton: runs this call", "triton: runs this call, but for its products, which are torch's")
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -84,8 +84,10 @@ def separable_query_attention(
         ValueError: shapes, dtypes or devices disagree; the message names the argument.
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
-    Memory: O(batch * heads * N * sum S_j) beyond the inputs, the result and one number per query and head. Backward is
-        deterministic and recomputes the weights.
+    Memory: O(batch * heads * N * sum S_j) beyond the inputs, the result and one number per query and head; in backward
+        one more such number, and on a GPU partial sums, so many times the gradients of the tables, k, h and v as the
+        queries are split into parts, until a GPU is filled. On the reference, the weights, batch * heads * M * N, are
+        stored in full. Backward is deterministic and recomputes the weights.
     Source: docs/separable_attention.md; Jaegle et al. 2022, arXiv:2107.14795; Dao 2023, arXiv:2307.08691.
     """
     tables = tuple(tables)

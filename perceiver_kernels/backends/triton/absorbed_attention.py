@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
-from perceiver_kernels.backends.triton.cross_attention import (
+from perceiver_kernels.backends.triton.dense_attention import (
     Limits,
     at_results,
     attended,
@@ -37,34 +37,10 @@ from perceiver_kernels.backends.triton.cross_attention import (
 from perceiver_kernels.backends.triton.exponential import LOG2E
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
+from perceiver_kernels.backends.triton.waves import sine_and_cosine, split_frequencies
 
 State = tuple[Tensor, Tensor, Tensor]
 Features = tuple[Sequence[float], bool, bool, bool]
-# 12 of a float32's 24 bits: products of two such numbers are exact.
-UPPER_HALF = tl.constexpr(-4096)
-
-
-@triton.jit
-def waves(x, f_high, f_low):
-    """sin(pi f x) and cos(pi f x) with f = f_high + f_low, f_high of 12 bits: no rounding before the reduction."""
-    x_high = (x.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
-    turns = f_high * x_high
-    turns -= 2 * tl.floor(turns * 0.5 + 0.5)
-    turns += f_high * (x - x_high) + f_low * x
-    quarter = tl.floor(2 * turns + 0.5)
-    turns -= 0.5 * quarter  # at most 1/4
-    y = turns * turns
-    s = 0.0821458866 * y - 0.599264529
-    s = (s * y + 2.55016404) * y - 5.16771278
-    s = (s * y + 3.14159265) * turns
-    c = -0.0258068913 * y + 0.235330630
-    c = (c * y - 1.33526277) * y + 4.05871213
-    c = (c * y - 4.93480220) * y + 1.0
-    quarter = quarter.to(tl.int32)
-    odd = (quarter & 1) != 0
-    sine = tl.where(odd, c, s) * (1 - (quarter & 2)).to(tl.float32)
-    cosine = tl.where(odd, s, c) * (1 - ((quarter + 1) & 2)).to(tl.float32)
-    return sine, cosine
 
 
 @triton.jit
@@ -87,11 +63,11 @@ def load_waves(positions, frequencies, batch, token, attend, p_batch, p_row, p_a
                BANDS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Sines and cosines of some tokens' positions; zeros outside."""
     wave = tl.arange(0, WIDTH)
-    f_high = tl.load(frequencies + wave, mask=wave < WAVES, other=0.0)
-    f_low = tl.load(frequencies + WAVES + wave, mask=wave < WAVES, other=0.0)
+    high = tl.load(frequencies + wave, mask=wave < WAVES, other=0.0)[None, :]
+    low = tl.load(frequencies + WAVES + wave, mask=wave < WAVES, other=0.0)[None, :]
     inside = attend[:, None] & (wave < WAVES)[None, :]
     pointers = positions + batch * p_batch + (token * p_row)[:, None] + (wave // BANDS).to(tl.int64)[None, :] * p_axis
-    sine, cosine = waves(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), f_high[None, :], f_low[None, :])
+    sine, cosine = sine_and_cosine(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), high, low)
     return sine, tl.where(inside, cosine, 0.0)
 
 
@@ -365,14 +341,6 @@ def limits(kernel: str, width: int) -> Limits:
     """
     rows = 16 if width > 128 else 32
     return Limits(rows, 16 if kernel == "bwd_rows" else rows, chunk=0, channels=0, two_channels=0)
-
-
-@cache  # for good: a captured graph may read it
-def split_frequencies(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
-    """(2, waves): the upper 12 bits of each frequency, and the rest of it."""
-    exact = torch.tensor(frequencies, dtype=torch.float64)
-    high = (exact.float().view(torch.int32) & -4096).view(torch.float32)
-    return torch.stack([high, (exact - high).float()]).to(device)
 
 
 @cache  # for good: a captured graph may read it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -14,6 +13,7 @@ from torch import Tensor
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.grids import on_four_axes
 from perceiver_kernels.backends.triton.tiles import Tiles
+from perceiver_kernels.backends.triton.waves import sine_and_cosine, split_frequencies
 
 VECTOR_BYTES = 16
 
@@ -143,33 +143,6 @@ def _fullest_group(elements: int, block: int) -> int:
 
 
 @triton.jit
-def _sine_and_cosine_of_pi(x, high, low):
-    """sin(pi f x) and cos(pi f x), f = high + low: off by about 1e-7 for f x up to some millions, by 2^-47 f x beyond.
-
-    f x is reduced by half turns before it is rounded.
-    """
-    # fma instead of *: a product might fuse with the sums that follow, and would be another number in each.
-    product = tl.fma(x, high, 0.0)
-    rest = tl.fma(x, low, tl.fma(x, high, -1.0 * product))
-    turns = product - 2.0 * tl.floor(0.5 * product + 0.5)
-    halves = tl.floor(2.0 * (turns + rest) + 0.5)
-    t = (turns - 0.5 * halves) + rest  # -1/4 to 1/4
-    s = t * t
-    # Interpolations in Chebyshev's nodes; errors of 1.1e-8 and 0.9e-8.
-    sine = t * 3.14159274 + t * s * (-5.16771221 + s * (2.54998493 - 0.591611743 * s))
-    cosine = 1.0 + s * (-4.93480206 + s * (4.05871058 + s * (-1.33513784 + 0.232125416 * s)))
-    quadrant = halves.to(tl.int32)
-    odd = quadrant & 1 == 1
-    return _negated(tl.where(odd, cosine, sine), quadrant), _negated(tl.where(odd, sine, cosine), quadrant + 1)
-
-
-@triton.jit
-def _negated(x, quadrant):
-    """-x in the third and fourth quadrant: its sign bit flipped."""
-    return (x.to(tl.int32, bitcast=True) ^ ((quadrant << 30) & -0x80000000)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def fourier_encode_points_kernel(
     out, positions, frequencies, points, span, out_stride, stride_p, stride_a,
     AXES: tl.constexpr, BANDS: tl.constexpr, GROUPED: tl.constexpr, CONCAT_POS: tl.constexpr, SINE_ONLY: tl.constexpr,
@@ -194,7 +167,7 @@ def fourier_encode_points_kernel(
     target = out + start * out_stride
     for _ in range(0, tl.minimum(points - start, span).to(tl.int32)):
         x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        sine, cosine = _sine_and_cosine_of_pi(x, high, low)
+        sine, cosine = sine_and_cosine(x, high, low)
         tl.store(target + sine_channel, sine.to(out.dtype.element_ty), mask=inside)
         if not SINE_ONLY:
             tl.store(target + cosine_channel, cosine.to(out.dtype.element_ty), mask=inside)
@@ -221,7 +194,7 @@ def fourier_encode_points(
         return
     points, axes = positions.shape
     pairs = len(frequencies)
-    split = _split_frequencies(tuple(frequencies), positions.device)
+    split = split_frequencies(tuple(frequencies), positions.device)
 
     def launch(choice: Tiles) -> None:
         grid = (triton.cdiv(points, choice.rows), triton.cdiv(pairs, choice.columns))
@@ -236,11 +209,3 @@ def fourier_encode_points(
     problem = (tiles.next_power_of_2(points), axes, pairs, positions.dtype, out.dtype)
     candidates = [Tiles(rows, columns, columns // 64) for rows in (8, 32)]
     launch(tiles.choose("fourier_encode_points", problem, default, candidates, launch))
-
-
-@cache  # for good: CUDA graphs read it whenever they are replayed
-def _split_frequencies(frequencies: tuple[float, ...], device: torch.device) -> Tensor:
-    """(2, frequencies) in float32: each as a number and what rounding it left over."""
-    exact = torch.tensor(frequencies, dtype=torch.float64, device="cpu")
-    high = exact.float()
-    return torch.stack((high, (exact - high.double()).float())).to(device)

@@ -33,11 +33,14 @@ from perceiver_kernels.backends.triton.separable_forms import (
     no_weights,
     outer_entries,
     outer_indices,
-    outer_slot,
     outer_sum,
     program_indices,
-    row_indices,
+    program_share,
+    program_sums,
     settle,
+    store_columns,
+    token_offset,
+    unless_masked,
 )
 from perceiver_kernels.backends.triton.separable_geometry import Geometry, Split, dropout_arguments, options
 from perceiver_kernels.backends.triton.separable_merge import Partials
@@ -101,12 +104,11 @@ def separable_attention_pack_kernel(
     tile_row = block.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     position = (tile_row % outer)[:, None]
     column = (tile_row // outer)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    sizes = (size_1, size_2, size_3)
-    index_1, index_2, index_3 = outer_indices(position, sizes)
+    indices = outer_indices(position, (size_1, size_2, size_3))
     there = (tile_row < tile_rows)[:, None]
     keep = there & (column < columns)
     if MASKED:
-        at = mask + batch * mask_batch + index_1 * mask_1 + index_2 * mask_2 + index_3 * mask_3 + column * mask_column
+        at = mask + batch * mask_batch + token_offset(indices, column, mask_1, mask_2, mask_3, mask_column)
         keep = keep & (tl.load(at, mask=keep, other=0) != 0)
     quantities: tl.constexpr = C + WITH_R + MASKED
     target = tokens + ((batch * tile_rows + tile_row) * quantities * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
@@ -114,7 +116,7 @@ def separable_attention_pack_kernel(
 
     factor = tl.full((TILE_ROWS, COLUMNS), 1.0, tl.float32)
     if WITH_R:
-        at = r + batch * r_batch + index_1 * r_1 + index_2 * r_2 + index_3 * r_3 + column * r_column
+        at = r + batch * r_batch + token_offset(indices, column, r_1, r_2, r_3, r_column)
         factor = tl.load(at, mask=keep, other=1.0)
         tl.store(target + C * COLUMNS, factor, mask=there)
     if MASKED:
@@ -122,7 +124,7 @@ def separable_attention_pack_kernel(
     tl.store(extents + C, tl.min(tl.where(keep, factor, float("inf"))))
     tl.store(extents + (C + 1) + C, tl.max(tl.where(keep, factor, -float("inf"))))
 
-    source = x + batch * x_batch + index_1 * x_1 + index_2 * x_2 + index_3 * x_3 + column * x_column
+    source = x + batch * x_batch + token_offset(indices, column, x_1, x_2, x_3, x_column)
     for c in range(C):
         value = tl.load(source, mask=keep, other=0).to(tl.float32) * factor
         tl.store(target + c * COLUMNS, value, mask=there)
@@ -150,8 +152,7 @@ def largest_scores(
             entries = outer_entries(position, sizes, AXES)
             outer_score = outer_sum(outer_tables, entries, stride, live, AXES) * LOG2E
             scores = linear_form(a, table, outer_score, constant, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
-            if MASKED:
-                scores = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, scores, -float("inf"))
+            scores = unless_masked(scores, -float("inf"), token, C, WITH_R, MASKED, COLUMNS)
             largest = tl.maximum(largest, tl.max(scores, 0))
             token += (C + WITH_R + MASKED) * COLUMNS
     return largest
@@ -225,14 +226,11 @@ def separable_attention_fwd_kernel(
 ):
     """Sums of 2^(score - reference) of ROWS rows over group_size strips and part_size outer positions.
 
-    states (batch, groups * parts, c + 3, padded rows): acc, the sum of the weights, the same after dropout, reference;
-    outer_sums (batch, outer slots, outer entries, padded rows) and column_sums (batch, parts, columns, padded rows).
+    A state is acc, the sum of the weights, the same after dropout, and the reference.
     """
-    block, slot, batch = program_indices(tl.cdiv(rows, ROWS), groups * parts)
-    group, part = slot // parts, slot % parts
-    first_strip, last_strip = group * group_size, tl.minimum(group * group_size + group_size, strips)
-    first, last = part * part_size, tl.minimum(part * part_size + part_size, outer)
-    row = row_indices(block, ROWS)
+    batch, row, group, part, first_strip, last_strip, first, last = program_share(
+        rows, strips, outer, parts, part_size, groups, group_size, ROWS
+    )
     live = row < rows
     sizes = (size_1, size_2, size_3)
     stride, padded = tl.cast(rows, tl.int64), tl.cast(padded_rows, tl.int64)
@@ -243,9 +241,9 @@ def separable_attention_fwd_kernel(
     column_tables = form + (C + outer_table) * stride
     tokens += batch * strips * outer * (quantities * COLUMNS)
     extents += batch * extent_blocks * (2 * (C + 1))
-    states += (batch * groups * parts + slot) * (C + 3) * padded + row
-    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
-    column_sums += (batch * parts + part) * columns * padded + row
+    states, outer_sums, column_sums = program_sums(
+        states, outer_sums, column_sums, batch, row, group, part, groups, parts, columns, outer_table, padded, C, AXES
+    )
     a = load_channels(form, LOG2E, stride, live, C, FEW)
 
     # The reference is a score that each row has, and where others may lie far above it, the largest.
@@ -279,8 +277,7 @@ def separable_attention_fwd_kernel(
             outer_score = outer_sum(outer_tables, entries, stride, live, AXES) * LOG2E
             scores = linear_form(a, table, outer_score, constant, form, stride, live, token, C, WITH_R, FEW, COLUMNS)
             p = exp2(scores, COMPILED)
-            if MASKED:
-                p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
+            p = unless_masked(p, 0.0, token, C, WITH_R, MASKED, COLUMNS)
             total += tl.sum(p, 0)
             if DROPOUT:
                 p *= dropout_scales(seed, batch, row, position, strip, columns, threshold, keep_scale, COLUMNS)
@@ -291,8 +288,7 @@ def separable_attention_fwd_kernel(
             token += quantities * COLUMNS
         settle(acc, states, padded, C, FEW)
         settle((total, kept if DROPOUT else total), states + C * padded, padded, 2, True)
-        column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
-        tl.store(column_sums[None, :] + column * padded, marginal, mask=column < columns)
+        store_columns(column_sums, strip, columns, padded, marginal, COLUMNS)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -388,11 +384,9 @@ def separable_attention_bwd_rows_kernel(
     COMPILED: tl.constexpr,
 ):
     """Sums of ds = r dS, the gradients of the form, as forward's kernel leaves its sums."""
-    block, slot, batch = program_indices(tl.cdiv(rows, ROWS), groups * parts)
-    group, part = slot // parts, slot % parts
-    first_strip, last_strip = group * group_size, tl.minimum(group * group_size + group_size, strips)
-    first, last = part * part_size, tl.minimum(part * part_size + part_size, outer)
-    row = row_indices(block, ROWS)
+    batch, row, group, part, first_strip, last_strip, first, last = program_share(
+        rows, strips, outer, parts, part_size, groups, group_size, ROWS
+    )
     live = row < rows
     sizes = (size_1, size_2, size_3)
     stride, padded = tl.cast(rows, tl.int64), tl.cast(padded_rows, tl.int64)
@@ -401,9 +395,9 @@ def separable_attention_bwd_rows_kernel(
     form += batch * form_batch + row
     upstream += batch * (C + outer_table + columns) * stride + row
     tokens += batch * strips * outer * (quantities * COLUMNS)
-    states += (batch * groups * parts + slot) * (C + 3) * padded + row
-    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
-    column_sums += (batch * parts + part) * columns * padded + row
+    states, outer_sums, column_sums = program_sums(
+        states, outer_sums, column_sums, batch, row, group, part, groups, parts, columns, outer_table, padded, C, AXES
+    )
     statistics += batch * 4 * statistics_rows + row
     reference, factor = tl.load(statistics), tl.load(statistics + statistics_rows)
     delta, total = tl.load(statistics + 2 * statistics_rows), tl.load(statistics + 3 * statistics_rows)
@@ -427,8 +421,7 @@ def separable_attention_bwd_rows_kernel(
                 d_acc, d_marginal, d_outer, constant, upstream, stride, live, token, C, WITH_R, FEW, COLUMNS
             )
             p = exp2(scores, COMPILED)
-            if MASKED:
-                p = tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, p, 0.0)
+            p = unless_masked(p, 0.0, token, C, WITH_R, MASKED, COLUMNS)
             if DROPOUT:
                 keep = dropout_scales(seed, batch, row, position, strip, columns, threshold, keep_scale, COLUMNS)
                 u = keep * u - delta[None, :]
@@ -438,8 +431,7 @@ def separable_attention_bwd_rows_kernel(
             add_outer(outer_sums, entries, d_outer_score, padded, AXES)
             token += quantities * COLUMNS
         settle(d_a, states, padded, C, FEW)
-        column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
-        tl.store(column_sums[None, :] + column * padded, d_table, mask=column < columns)
+        store_columns(column_sums, strip, columns, padded, d_table, COLUMNS)
 
 
 # --- launching -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,13 @@ from torch import Tensor
 from perceiver_kernels.backends.triton import tiles
 from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.philox import keep_scales
-from perceiver_kernels.backends.triton.separable_forms import outer_entries, outer_indices, outer_sum, program_indices
+from perceiver_kernels.backends.triton.separable_forms import (
+    outer_entries,
+    outer_indices,
+    outer_sum,
+    program_indices,
+    token_offset,
+)
 from perceiver_kernels.backends.triton.separable_geometry import Geometry, dropout_arguments, options
 from perceiver_kernels.backends.triton.tiles import Tiles
 
@@ -121,16 +127,16 @@ def separable_attention_bwd_tokens_kernel(
     exists = token < tokens
     position, column = token // columns, token % columns
     sizes = (size_1, size_2, size_3)
-    index_1, index_2, index_3 = outer_indices(position, sizes)
+    indices = outer_indices(position, sizes)
     keep = exists
     if MASKED:
-        at = mask + batch * mask_batch + index_1 * mask_1 + index_2 * mask_2 + index_3 * mask_3 + column * mask_column
+        at = mask + batch * mask_batch + token_offset(indices, column, mask_1, mask_2, mask_3, mask_column)
         keep = exists & (tl.load(at, mask=exists, other=0) != 0)
     factor = tl.full((TOKENS,), 1.0, tl.float32)
     if WITH_R:
-        at = r + batch * r_batch + index_1 * r_1 + index_2 * r_2 + index_3 * r_3 + column * r_column
+        at = r + batch * r_batch + token_offset(indices, column, r_1, r_2, r_3, r_column)
         factor = tl.load(at, mask=keep, other=1.0)
-    x += batch * x_batch + index_1 * x_1 + index_2 * x_2 + index_3 * x_3 + column * x_column
+    x += batch * x_batch + token_offset(indices, column, x_1, x_2, x_3, x_column)
     channel = tl.arange(0, CHANNELS)[:, None].to(tl.int64)
     if FEW:
         data, d_data = (), ()

@@ -12,15 +12,6 @@ from perceiver_kernels.backends.triton.philox import keep_scales
 
 
 @triton.jit
-def exp2(x, INTERPRETED: tl.constexpr):
-    """2^x, subnormal results flushed to zero: one instruction instead of five."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def program_indices(blocks, units):
     """Which block of which unit of which batch entry a program does."""
     program = tl.program_id(0)
@@ -35,10 +26,40 @@ def row_indices(block, ROWS: tl.constexpr):
 
 
 @triton.jit
+def program_share(rows, strips, outer, parts, part_size, groups, group_size, ROWS: tl.constexpr):
+    """What a program does: its entry of the batch, its rows, its group of strips and part of the outer positions; the
+    first strip and the one after the last, and the same of the outer positions."""
+    block, slot, batch = program_indices(tl.cdiv(rows, ROWS), groups * parts)
+    group, part = slot // parts, slot % parts
+    strip, position = group * group_size, part * part_size
+    last_strip, last = tl.minimum(strip + group_size, strips), tl.minimum(position + part_size, outer)
+    return batch, row_indices(block, ROWS), group, part, strip, last_strip, position, last
+
+
+@triton.jit
+def program_sums(
+    states, outer_sums, column_sums, batch, row, group, part, groups, parts, columns, outer_table, padded,
+    C: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """Where a program leaves its sums: states (batch, groups * parts, c + 3, padded rows), outer_sums (batch, outer
+    slots, outer entries, padded rows) and column_sums (batch, parts, columns, padded rows)."""
+    states += (batch * groups * parts + (group * parts + part)) * (C + 3) * padded + row
+    outer_sums += outer_slot(batch, group, part, groups, parts, AXES) * outer_table * padded + row
+    column_sums += (batch * parts + part) * columns * padded + row
+    return states, outer_sums, column_sums
+
+
+@triton.jit
 def outer_indices(position, sizes):
-    """Where an outer position stands on each outer axis; sizes beyond the last outer axis are 1."""
-    inner = sizes[1] * sizes[2]
-    return position // inner, position // sizes[2] % sizes[1], position % sizes[2]
+    """Where an outer position stands on each outer axis; sizes of missing axes, which come first, are 1."""
+    leading = position // sizes[2]
+    return leading // sizes[1], leading % sizes[1], position % sizes[2]
+
+
+@triton.jit
+def token_offset(indices, column, stride_1, stride_2, stride_3, stride_column):
+    """Where a token of a grid is, from its place on the outer axes and its column."""
+    return indices[0] * stride_1 + indices[1] * stride_2 + indices[2] * stride_3 + column * stride_column
 
 
 @triton.jit
@@ -49,11 +70,13 @@ def outer_entries(position, sizes, AXES: tl.constexpr):
     elif AXES == 2:
         return (tl.cast(position, tl.int64),)
     else:
-        index = outer_indices(position, sizes)
-        entries = (tl.cast(index[0], tl.int64), tl.cast(sizes[0] + index[1], tl.int64))
-        if AXES == 4:
-            entries = entries + (tl.cast(sizes[0] + sizes[1] + index[2], tl.int64),)
-        return entries
+        index_1, index_2, index_3 = outer_indices(position, sizes)
+        if AXES == 3:
+            # The first axis that there is needs no remainder.
+            return (tl.cast(position // sizes[2], tl.int64), tl.cast(sizes[1] + index_3, tl.int64))
+        else:
+            second, third = sizes[0] + index_2, sizes[0] + sizes[1] + index_3
+            return (tl.cast(index_1, tl.int64), tl.cast(second, tl.int64), tl.cast(third, tl.int64))
 
 
 @triton.jit
@@ -81,6 +104,24 @@ def column_table(tables, strip, columns, stride, live, other, COLUMNS: tl.conste
     """A strip of the last axis's table: (COLUMNS, rows)."""
     column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
     return tl.load(tables[None, :] + column * stride, mask=(column < columns) & live[None, :], other=other)
+
+
+@triton.jit
+def store_columns(sums, strip, columns, stride, value, COLUMNS: tl.constexpr):
+    """Writes a strip of the last axis's marginal: (COLUMNS, rows)."""
+    column = (strip * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
+    tl.store(sums[None, :] + column * stride, value, mask=column < columns)
+
+
+@triton.jit
+def unless_masked(
+    value, otherwise, token, C: tl.constexpr, WITH_R: tl.constexpr, MASKED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile row's values, `otherwise` for tokens that are masked."""
+    if MASKED:
+        return tl.where(tl.load(token + (C + WITH_R) * COLUMNS)[:, None] != 0, value, otherwise)
+    else:
+        return value
 
 
 @triton.jit

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
 from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.backends.triton.grids import on_outer_axes
 from perceiver_kernels.backends.triton.philox import threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
 
@@ -52,16 +54,19 @@ class Geometry:
 
     def sizes(self) -> dict[str, int]:
         """The grid as the kernels name it."""
-        padded = (*self.outer_sizes, 1, 1, 1)
-        return {"outer": self.outer, "columns": self.columns} | {f"size_{k + 1}": padded[k] for k in range(3)}
+        sizes = on_outer_axes(self.outer_sizes, 1)
+        return {"outer": self.outer, "columns": self.columns} | _numbered("size", sizes)
 
     def strides(self, name: str, tensor: Tensor | None) -> dict[str, int]:
         """The strides of x, r or mask as the kernels name them."""
         per_axis = [0] * (self.axes + 1) if tensor is None else list(tensor.stride())
-        outer = (*per_axis[1 : self.axes], 0, 0, 0)
         named = {f"{name}_batch": per_axis[0], f"{name}_column": per_axis[self.axes]}
-        named |= {f"{name}_{k + 1}": outer[k] for k in range(3)}
+        named |= _numbered(name, on_outer_axes(per_axis[1 : self.axes], 0))
         return named | {"x_channel": per_axis[-1]} if name == "x" else named
+
+
+def _numbered(name: str, values: Sequence[int]) -> dict[str, int]:
+    return {f"{name}_{number}": value for number, value in enumerate(values, 1)}
 
 
 @dataclass(frozen=True)

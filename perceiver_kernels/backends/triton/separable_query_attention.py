@@ -19,6 +19,7 @@ from torch import Tensor
 
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
+from perceiver_kernels.backends.triton.grids import on_outer_axes
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
 from perceiver_kernels.backends.triton.tiles import Tiles
 
@@ -67,15 +68,16 @@ def over_queries(
 ):  # fmt: skip
     """The columns' table u, plus the outer tables at one position of theirs, plus x . k.
 
-    x is a pointer per query; size_1 to size_3 are the outer axes' sizes, the last of them first.
+    x is a pointer per query; size_1 to size_3 are the outer axes' sizes, missing ones in front.
     """
     sizes = (size_1, size_2, size_3)
     total = tl.zeros(attends.shape, tl.float32)
     entry = tl.cast(column_entry, tl.int64)
     for axis in tl.static_range(AXES - 1):
-        entry -= sizes[axis]
-        total += tl.load(form + (entry + outer % sizes[axis]) * N + keys, mask=attends, other=0.0)
-        outer = outer // sizes[axis]
+        size = sizes[2 - axis]
+        entry -= size
+        total += tl.load(form + (entry + outer % size) * N + keys, mask=attends, other=0.0)
+        outer = outer // size
     u += total
     if CHANNELS <= 8:
         for channel in tl.static_range(CHANNELS):
@@ -104,10 +106,11 @@ def add_gradients(
     total = tl.sum(d_u, 1)
     entry = tl.cast(column_entry, tl.int64)
     for axis in tl.static_range(AXES - 1):
-        entry -= sizes[axis]
-        at = d_form + (entry + outer % sizes[axis]) * N + keys
+        size = sizes[2 - axis]
+        entry -= size
+        at = d_form + (entry + outer % size) * N + keys
         tl.store(at, tl.load(at, mask=exists, other=0.0) + total, mask=exists)
-        outer = outer // sizes[axis]
+        outer = outer // size
     if AXES > 2 or CHANNELS > 0:
         tl.debug_barrier()  # the next outer position adds to some of them again, perhaps by other threads
 
@@ -400,7 +403,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """What all kernels get. Small inputs are made contiguous; x and the gradient are read in their strides."""
     channels = 0 if x is None else x.shape[2]
-    sizes = (*reversed(grid[:-1]), 1, 1, 1)
+    size_1, size_2, size_3 = on_outer_axes(grid[:-1], 1)
     return {
         "form": form.contiguous(),
         "v": v.contiguous(),
@@ -415,9 +418,9 @@ def _arguments(
         "column_entry": form.shape[2] - grid[-1],
         "entries": form.shape[2],
         "head_dim": v.shape[3],
-        "size_1": sizes[0],
-        "size_2": sizes[1],
-        "size_3": sizes[2],
+        "size_1": size_1,
+        "size_2": size_2,
+        "size_3": size_3,
         "form_batch": _batch_step(form, math.prod(form.shape[1:])),
         "h_batch": 0 if h is None else _batch_step(h, math.prod(h.shape[1:])),
         "x_batch": 0 if x is None else _batch_step(x, x.stride(0)),
