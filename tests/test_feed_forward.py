@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import LEVELS, check_at
 from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import available_backends, declared, device_of, dtypes_of, interpreted
@@ -277,25 +275,19 @@ def test_module_is_the_composition(backend: str) -> None:
     torch.testing.assert_close(module(x), out)
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    """Each level that this processor runs passes the same cases in a process that is forced to it."""
-    _cpu = pytest.importorskip("perceiver_kernels._cpu")
-    if level not in _cpu.isa_levels():
-        pytest.skip(f"this processor does not run {level}")
-    code = (
-        "from perceiver_kernels import _cpu\n"
-        f"assert _cpu.isa() == {level!r}\n"
-        "import torch, test_feed_forward as t\n"
-        "for dtype in t.dtypes_of(t.OP, 'native'):\n"
-        "    for activation in t.ACTIVATIONS:\n"
-        "        for shape in t.SHAPES:\n"
-        "            t.test_matches_plain_torch('native', shape, activation, dtype)\n"
+    """Each level that this processor runs passes the same cases."""
+    check_at(
+        level,
+        "test_feed_forward",
+        """
+        for dtype in t.dtypes_of(t.OP, "native"):
+            for activation in t.ACTIVATIONS:
+                for shape in t.SHAPES:
+                    t.test_matches_plain_torch("native", shape, activation, dtype)
+        """,
     )
-    path = os.pathsep.join((os.path.dirname(__file__), os.getcwd()))
-    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if declared(OP, backend).channels])

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +15,7 @@ import torch.nn.functional as F
 from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import LEVELS, check_at
 from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import (
@@ -291,24 +289,20 @@ def test_nothing_in_zeros_out(backend: str, shape: LatentShape) -> None:
     dense_attention.check_zeros(latent_attention, backend, shape, wide_dtypes(backend)[0])
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    """Each level that this processor runs passes the same cases in a process that is forced to it."""
-    from perceiver_kernels import _cpu
-
-    if level not in _cpu.isa_levels():
-        pytest.skip(f"this processor does not run {level}")
-    code = (
-        "from perceiver_kernels import _cpu; import test_latent_attention as t\n"
-        f"assert _cpu.isa() == {level!r}\n"
-        "for backend, shape in t.SHAPES:\n"
-        "    for dtype in t.dtypes_of(t.OP, backend) if backend == 'native' else ():\n"
-        "        t.check_against_reference(t.make_inputs(shape), 'native', dtype)\n"
-        "        t.check_against_reference(t.channels_strided(t.make_inputs(shape)), 'native', dtype, dropout_p=0.2,"
-        " seed=1)\n"
+    """Each level that this processor runs passes the same cases."""
+    check_at(
+        level,
+        "test_latent_attention",
+        """
+        for backend, shape in t.SHAPES:
+            for dtype in t.dtypes_of(t.OP, backend) if backend == "native" else ():
+                t.check_against_reference(t.make_inputs(shape), "native", dtype)
+                strided = t.channels_strided(t.make_inputs(shape))
+                t.check_against_reference(strided, "native", dtype, dropout_p=0.2, seed=1)
+        """,
     )
-    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

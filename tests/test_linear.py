@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import LEVELS, check_at
 from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse, error
 from shapes import available_backends, device_of, dtypes_of, interpreted
@@ -468,30 +466,21 @@ def test_tiles_cover_all_rows(rows: int) -> None:
     assert [row for first, last in stretches for row in range(first, last)] == list(range(rows))
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    """Each level that this processor runs passes the same cases in a process that is forced to it."""
-    _cpu = pytest.importorskip("perceiver_kernels._cpu")
-    if level not in _cpu.isa_levels():
-        pytest.skip(f"this processor does not run {level}")
-    code = (
-        "from perceiver_kernels import _cpu\n"
-        f"assert _cpu.isa() == {level!r}\n"
-        "import torch, test_linear as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    for kind in t.KINDS:\n"
-        "        for shape in t.SHAPES[:6]:\n"
-        "            t.test_matches_plain_torch('native', *shape, kind, dtype)\n"
-        "for kind in ('gelu', 'gelu_tanh'):\n"
-        "    t.test_gelu_is_no_worse_than_torchs(kind, (-9.0, 9.0))\n"
+    """Each level that this processor runs passes the same cases."""
+    check_at(
+        level,
+        "test_linear",
+        """
+        for dtype in t.DTYPES:
+            for kind in t.KINDS:
+                for shape in t.SHAPES[:6]:
+                    t.test_matches_plain_torch("native", *shape, kind, dtype)
+        for kind in ("gelu", "gelu_tanh"):
+            t.test_gelu_is_no_worse_than_torchs(kind, (-9.0, 9.0))
+        """,
     )
-    environment = {
-        **os.environ,
-        "PERCEIVER_KERNELS_CPU_ISA": level,
-        "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.getcwd())),
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
 
 
 def test_a_gpu_s_small_calls_are_composed() -> None:

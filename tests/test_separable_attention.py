@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import LEVELS, check_at
 from numerics import assert_no_worse
 from shapes import (
     SeparableShape,
@@ -442,22 +443,19 @@ def test_the_number_of_threads_changes_nothing(backend: str) -> None:
             assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    """Each level that this processor runs passes the same cases in a process that is forced to it."""
-    from perceiver_kernels import _cpu
-
-    if level not in _cpu.isa_levels():
-        pytest.skip(f"this processor does not run {level}")
-    code = (
-        "from perceiver_kernels import _cpu; import test_separable_attention as t, shapes, torch\n"
-        f"assert _cpu.isa() == {level!r}\n"
-        "for shape in shapes.SEPARABLE_SHAPES[:9]:\n"
-        "    for dtype in (torch.float32, torch.float64):\n"
-        "        t.check_against_reference(t.make_inputs(shape, masked=True), 'native', dtype)\n"
+    """Each level that this processor runs passes the same cases."""
+    check_at(
+        level,
+        "test_separable_attention",
+        """
+        import shapes
+        for shape in shapes.SEPARABLE_SHAPES[:9]:
+            for dtype in (torch.float32, torch.float64):
+                t.check_against_reference(t.make_inputs(shape, masked=True), "native", dtype)
+        """,
     )
-    environment = {**os.environ, "PERCEIVER_KERNELS_CPU_ISA": level, "PYTHONPATH": os.path.dirname(__file__)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_an_instruction_set_that_does_not_exist() -> None:
