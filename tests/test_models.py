@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perceiver_kernels.benchmarking import bars, compare, models, tower_bars
+from perceiver_kernels.benchmarking.cases import CASES
 from perceiver_kernels.benchmarking.models import MODEL_PROVIDERS, MODELS, Model, ModelRun, compare_models
 from perceiver_kernels.cli import main
 
@@ -62,6 +63,10 @@ def test_same_weights_give_the_same_result(model: Model, peer: str, mode: str) -
         for name, parameter in first.items():
             largest = parameter.grad.abs().max().item()
             torch.testing.assert_close(second[name].grad, parameter.grad, rtol=1e-4, atol=1e-4 * largest + 1e-9)
+
+
+def test_no_name_stands_for_two_things() -> None:
+    assert not CASES.keys() & MODELS.keys()
 
 
 def test_a_provider_of_the_other_kind_is_left_out() -> None:

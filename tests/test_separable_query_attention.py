@@ -500,7 +500,7 @@ def test_compiles_for_gpus_in_float32(kernel: str, tiles: Tiles) -> None:
         ),
         ({"r": torch.zeros(3, 10)}, r"r has shape \(3, 10\), must be \(1 or 2, 10\) or \(1 or 2, 2, 5\) for the grid"),
         ({"mask": torch.ones(2, 18)}, "mask has dtype torch.float32, must be torch.bool"),
-        ({"mask": torch.ones(1, 18, dtype=torch.bool)}, r"mask has shape \(1, 18\), must be \(2, 18\) for v"),
+        ({"mask": torch.ones(1, 18, dtype=torch.bool)}, r"mask has shape \(1, 18\), must be \(2, 18\): batch and keys"),
         ({"h": torch.zeros(2, 2, 18, device="meta")}, r"h is on meta, must be on cpu as tables\[0\] is"),
         ({"v": torch.zeros(2, 2, 18, 6, device="meta")}, r"v is on meta, must be on cpu as tables\[0\] is"),
         ({"dropout_p": 1.0}, "dropout_p is 1.0, must be at least 0 and less than 1"),

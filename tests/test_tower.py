@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product
 from perceiver_kernels.benchmarking.models import LibraryTower
+from perceiver_kernels.modules import perceiver
 
 # batch, latents, channels: the large one is multiplied by the fused operators, the small one by torch's own.
 SIZES = {"large": (2, 150, 136), "small": (2, 5, 24)}
@@ -359,6 +360,16 @@ def test_mlps_computed_again_by_share(share: float, computed_again: int, request
     rows = len(make_data()) * usual.latents.shape[0]
     product = 4 * rows * usual.layers[0].cross_ff.fn.net[0].out_features
     assert saved_bytes(usual, make_data()) - saved_bytes(sparing, make_data()) == computed_again * product
+
+
+def test_mlps_compute_again_where_keeping_is_too_much(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
+    request.getfixturevalue("no_small_calls")
+    rows, options = 16 * len(make_data()), {"num_latents": 16, "depth": 2, "self_per_cross_attn": 2}
+    width = make_model(**options).layers[0].cross_ff.fn.net[0].out_features
+    for budget, like in ((6 * 4 * rows * width, 0), (6 * 4 * rows * width - 1, 2 / 3)):
+        monkeypatch.setattr(perceiver, "KEPT_PRODUCTS", budget)
+        expected = saved_bytes(make_model(**options, mlp_recompute=like), make_data())
+        assert saved_bytes(make_model(**options), make_data()) == expected
 
 
 def test_a_share_is_from_0_to_1() -> None:

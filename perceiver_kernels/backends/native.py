@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from perceiver_kernels.backends.layout import rows_first
+
 # The codes of pk::DType in csrc/tensor.h.
 DTYPE_CODES = {
     torch.float32: 0,
@@ -165,12 +167,6 @@ def fourier_encode_points(
     cpu_module().fourier_encode_points(
         describe(positions), frequencies, grouped, concat_pos, sine_only, describe(out), torch.get_num_threads()
     )
-
-
-def rows_first(like: Tensor, rows: int, channels: int) -> Tensor:
-    """An uninitialised (batch, heads, rows, channels) tensor that lies in memory as (batch, rows, heads, channels)."""
-    batch, heads = like.shape[:2]
-    return like.new_empty(batch, rows, heads, channels).transpose(1, 2)
 
 
 def latent_attention_fwd(

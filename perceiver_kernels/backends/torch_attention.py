@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels.backends.layout import with_rows_first
 from perceiver_kernels.backends.triton import tiles
 
 OURS, TORCH = "triton", "torch"
@@ -77,4 +78,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     that overflow, make one.
     """
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return with_rows_first(out)

@@ -88,7 +88,7 @@ MODELS = {
             weight_tie_layers=True,
         ),
         _perceiver(
-            "audioset-raw",
+            "audioset-paper",
             "AudioSet, waveform in segments of 128, two cross-attends",
             (1, 480, 128),
             **_PAPER,

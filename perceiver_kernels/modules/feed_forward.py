@@ -1,6 +1,7 @@
 """The pre-norm MLP of a Perceiver block."""
 
-from typing import Literal
+import math
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ class FeedForward(nn.Module):
         dropout: probability of dropping an output element in training, before the residual.
         eps: of the LayerNorm.
         save_hidden: whether training keeps the product with W1 for backward; otherwise it is computed again, two ninths
-            more multiply-adds in a training step ("gelu": a sixth), and saves (batch, N, hidden) floats per layer.
+            more multiply-adds in a training step ("gelu": a sixth), and saves (batch, N, hidden) floats per layer. A
+            number keeps a product of up to so many bytes.
 
     Parameters are named norm, fn.net.0 and fn.net.2, as in perceiver-pytorch. Where one of these modules has been
     replaced or hooked into, all of them run one after the other.
@@ -73,7 +75,7 @@ class FeedForward(nn.Module):
         activation: Literal["geglu", "gelu"] = "geglu",
         dropout: float = 0.0,
         eps: float = 1e-5,
-        save_hidden: bool = True,
+        save_hidden: bool | float = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,8 +102,14 @@ class FeedForward(nn.Module):
             activation=self.fn.activation,
             eps=self.norm.eps,
             residual=residual,
-            save_hidden=self.save_hidden,
+            save_hidden=self._saves_hidden(x),
         )
+
+    def _saves_hidden(self, x: Tensor) -> bool:
+        if isinstance(self.save_hidden, bool):
+            return self.save_hidden
+        rows, hidden = math.prod(x.shape[:-1]), cast(nn.Linear, self.fn.net[0]).out_features
+        return rows * hidden * x.element_size() <= self.save_hidden
 
     def _is_stock(self) -> bool:
         """Whether LayerNorm, activation and dropout, and what holds them, are as this class made them."""

@@ -1,5 +1,6 @@
 """Perceiver: the whole model, with the interface and checkpoints of perceiver-pytorch, on this library's attention."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -43,10 +44,9 @@ class PerceiverBlock(nn.Module):
         self_per_cross_attn: int,
         attn_dropout: float,
         ff_dropout: float,
-        mlp_recompute: float,
+        saves: Sequence[bool | float],
     ) -> None:
         super().__init__()
-        saves = [int((mlp + 1) * mlp_recompute) == int(mlp * mlp_recompute) for mlp in range(1 + self_per_cross_attn)]
         self.cross_attn = CrossAttention(
             dim, context_dim, heads=cross_heads, head_dim=cross_dim_head, dropout=attn_dropout, masked_rows="mean"
         )
@@ -78,6 +78,16 @@ class PerceiverBlock(nn.Module):
         for pair in self.self_attns:
             x = pair(x, checkpointing)
         return x
+
+
+# Bytes of first products that a training step keeps before MLPs compute theirs again.
+KEPT_PRODUCTS = 512 << 20
+
+
+def _saves(mlps: int, depth: int, recompute: float | None) -> list[bool | float]:
+    """FeedForward's save_hidden of each of a layer's MLPs."""
+    share, instead = (2 / 3, KEPT_PRODUCTS / (mlps * depth)) if recompute is None else (recompute, False)
+    return [instead if int((mlp + 1) * share) > int(mlp * share) else True for mlp in range(mlps)]
 
 
 class AttentionResidual(nn.Module):
@@ -134,8 +144,8 @@ class Perceiver(nn.Module):
         attn_residual: after each layer, mix the outputs of all layers so far.
         attn_residual_rank: rank of the mixing weights.
         mlp_recompute: in training, the share of each layer's MLPs that compute their first product again in backward
-            instead of keeping it: a sixth more time if it is all of them, and up to half of the memory less. Not in
-            perceiver-pytorch.
+            instead of keeping it: a sixth more time if it is all of them, and up to half of the memory less. None: two
+            thirds, in calls where keeping all of them would take more than half a gigabyte. Not in perceiver-pytorch.
         activation_checkpointing: in training, keep only what goes into each attention and each MLP, and compute the
             rest again in backward: less memory for about a third more time. Not in perceiver-pytorch.
 
@@ -166,13 +176,13 @@ class Perceiver(nn.Module):
         inverted_cross_attn: bool | tuple[bool, ...] = False,
         attn_residual: bool = False,
         attn_residual_rank: int = 64,
-        mlp_recompute: float = 2 / 3,
+        mlp_recompute: float | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth is {depth}, but must be at least 1")
-        if not 0 <= mlp_recompute <= 1:
+        if mlp_recompute is not None and not 0 <= mlp_recompute <= 1:
             raise ValueError(f"mlp_recompute is {mlp_recompute}, but must be from 0 to 1")
         if isinstance(inverted_cross_attn, bool):
             inverted_cross_attn = (inverted_cross_attn,) * depth
@@ -187,6 +197,7 @@ class Perceiver(nn.Module):
         self.has_attn_residual = attn_residual
         self.activation_checkpointing = activation_checkpointing
 
+        saves = _saves(1 + self_per_cross_attn, depth, mlp_recompute)
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
         self.layers = nn.ModuleList()
         self.attn_residuals = nn.ModuleList()
@@ -206,7 +217,7 @@ class Perceiver(nn.Module):
                     self_per_cross_attn=self_per_cross_attn,
                     attn_dropout=attn_dropout,
                     ff_dropout=ff_dropout,
-                    mlp_recompute=mlp_recompute,
+                    saves=saves,
                 )
             )
             if attn_residual:

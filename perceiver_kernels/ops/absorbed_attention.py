@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,45 +9,24 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends.reference import absorbed_attention as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.fourier_encode import FourierBands
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    check_devices,
+    check_floating,
+    check_key_mask,
+    check_rows,
+)
 
 OP = "absorbed_attention"
-COMPUTE_DTYPES = (torch.float32, torch.float64)
-DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 512
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import absorbed_attention
-
-    return absorbed_attention
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        channels=(1, MAX_CHANNELS),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "reference",
-        load=lambda: reference,
-        devices=("any",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_CHANNELS))
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
 def absorbed_attention(
@@ -93,10 +71,8 @@ def absorbed_attention(
     Errors: angles are reduced exactly, so features are as accurate as if rounded once, up to some thousand radians.
     Source: docs/separable_attention.md; the softmax is streamed as in Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
-    _check(a, x, positions, bands, eps, mask, dropout_p, seed)
-    random = None
-    if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    _check(a, x, positions, bands, eps, mask)
+    random = seed_tensor(dropout_p, seed)
     frequencies: list[float] = []
     options = (False, False, False)
     if bands is not None:
@@ -115,13 +91,8 @@ def _check(
     bands: FourierBands | None,
     eps: float | None,
     mask: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
 ) -> None:
-    if a.dim() != 3:
-        raise ValueError(f"a has {a.dim()} dimensions, must have 3: (batch or 1, rows, channels)")
-    if a.dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"a has dtype {a.dtype}, must be torch.float32 or torch.float64")
+    check_rows(a)
     if x is None and positions is None:
         raise ValueError("x and positions are None, must have one of them at least")
     if (positions is None) != (bands is None):
@@ -131,8 +102,7 @@ def _check(
     if x is not None:
         if x.dim() != 3:
             raise ValueError(f"x has {x.dim()} dimensions, must have 3: (batch, tokens, channels)")
-        if x.dtype not in DATA_DTYPES:
-            raise ValueError(f"x has dtype {x.dtype}, must be float32, float64, bfloat16 or float16")
+        check_floating("x", x)
         channels = x.shape[2]
     if positions is not None and bands is not None:
         _check_positions(positions, bands, a, x)
@@ -144,19 +114,8 @@ def _check(
         raise ValueError(f"a has batch {a.shape[0]}, must be 1 or {batch} as the tokens have")
     if eps is not None and not eps >= 0:
         raise ValueError(f"eps is {eps}, must be at least 0")
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
-        expected = (batch, _tokens(x, positions))
-        if tuple(mask.shape) != expected:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, must be {expected}: batch and tokens")
-    for name, tensor in (("x", x), ("positions", positions), ("mask", mask)):
-        if tensor is not None and tensor.device != a.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {a.device} as a is")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
+    check_key_mask(mask, batch, _tokens(x, positions), "tokens")
+    check_devices([("x", x), ("positions", positions), ("mask", mask)], like=("a", a))
 
 
 def _check_positions(positions: Tensor, bands: FourierBands, a: Tensor, x: Tensor | None) -> None:
@@ -229,8 +188,7 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(a, x, mask, dropout_p)).load()
     features = (frequencies, grouped, concat_pos, sine_only)
-    seed = 0 if random is None else int(random)
-    return backend.absorbed_attention_fwd(a, x, positions, features, mask, eps, dropout_p, seed)
+    return backend.absorbed_attention_fwd(a, x, positions, features, mask, eps, dropout_p, seed_number(random))
 
 
 def _bwd(
@@ -249,9 +207,10 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(a, x, mask, dropout_p)).load()
     features = (frequencies, grouped, concat_pos, sine_only)
-    seed = 0 if random is None else int(random)
     saved, upstream, needs = rest[:3], rest[3:6], rest[6:]
-    return backend.absorbed_attention_bwd(a, x, positions, features, mask, eps, dropout_p, seed, saved, upstream, needs)
+    return backend.absorbed_attention_bwd(
+        a, x, positions, features, mask, eps, dropout_p, seed_number(random), saved, upstream, needs
+    )
 
 
 def _fwd_fake(

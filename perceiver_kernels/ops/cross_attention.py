@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native
+from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import cross_attention as reference
-from perceiver_kernels.backends.triton import runtime
-from perceiver_kernels.ops.latent_attention import COMPUTE_DTYPES, DTYPES, _autocast, _check
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import COMPUTE_DTYPES, DTYPES, autocast, check_devices, check_key_mask, check_qkv
 
 OP = "cross_attention"
 MAX_HEAD_DIM = 1024
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import cross_attention
-
-    return cross_attention
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        channels=(1, MAX_HEAD_DIM),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_HEAD_DIM))
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
 def cross_attention(
@@ -82,26 +59,13 @@ def cross_attention(
         Backward is deterministic and recomputes the weights.
     Source: Jaegle et al. 2021, arXiv:2103.03206; Dao 2023, arXiv:2307.08691.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, dropout_p, seed)
-    _check_mask(mask, k)
-    random = None
-    if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_key_mask(mask, k.shape[0], k.shape[2], "keys of k")
+    check_devices([("mask", mask)], like=("k", k))
+    random = seed_tensor(dropout_p, seed)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     return torch.ops.perceiver_kernels.cross_attention_fwd(q, k, v, mask, random, scale, dropout_p)[0]
-
-
-def _check_mask(mask: Tensor | None, k: Tensor) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
-    expected = (k.shape[0], k.shape[2])
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, must be {expected}: batch and keys of k")
-    if mask.device != k.device:
-        raise ValueError(f"mask is on {mask.device}, must be on {k.device} as k is")
 
 
 def _call(q: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
@@ -135,7 +99,7 @@ def _fwd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, random: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(q, v, mask, dropout_p)).load()
-    return backend.cross_attention_fwd(q, k, v, mask, scale, dropout_p, 0 if random is None else int(random))
+    return backend.cross_attention_fwd(q, k, v, mask, scale, dropout_p, seed_number(random))
 
 
 def _bwd(
@@ -151,17 +115,16 @@ def _bwd(
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(q, v, mask, dropout_p)).load()
-    seed = 0 if random is None else int(random)
-    return backend.cross_attention_bwd(q, k, v, mask, out, lse, d_out, scale, dropout_p, seed)
+    return backend.cross_attention_bwd(q, k, v, mask, out, lse, d_out, scale, dropout_p, seed_number(random))
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return native.rows_first(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return rows_first(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _bwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v = (native.rows_first(tensor, tensor.shape[2], tensor.shape[3]) for tensor in (q, k, v))
+    d_q, d_k, d_v = (rows_first(tensor, tensor.shape[2], tensor.shape[3]) for tensor in (q, k, v))
     return d_q, d_k, d_v
 
 

@@ -2,68 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native, native_feed_forward
+from perceiver_kernels.backends import native_feed_forward
 from perceiver_kernels.backends.reference import feed_forward as reference
-from perceiver_kernels.backends.triton import runtime
-from perceiver_kernels.ops.linear import (
-    ACTIVATIONS,
-    DTYPES,
-    TRITON_DTYPES,
-    check_like,
-    check_vector,
-    compute_dtype,
-    result_dtype,
-    runs_composed,
-)
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
+from perceiver_kernels.ops.linear import ACTIVATIONS, compute_dtype, result_dtype, runs_composed
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import DTYPES, check_floating, check_parameters, check_vector
 
 OP = "feed_forward"
 # Of the rows that a program of LayerNorm holds at once.
 MAX_CHANNELS = 16384
 
-
-def _triton() -> ModuleType:
-    return importlib.import_module("perceiver_kernels.backends.triton.feed_forward")
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=TRITON_DTYPES,
-        data_dtypes=TRITON_DTYPES,
-        channels=(1, MAX_CHANNELS),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native_feed_forward,
-        devices=("cpu",),
-        compute_dtypes=DTYPES,
-        data_dtypes=DTYPES,
-        unavailable=native.cpu_unavailable,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=DTYPES, data_dtypes=DTYPES
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES, channels=(1, MAX_CHANNELS))
+declare_native(OP, native_feed_forward, compute_dtypes=DTYPES, data_dtypes=DTYPES)
+declare_reference(OP, reference, compute_dtypes=DTYPES, data_dtypes=DTYPES)
 
 
 def feed_forward(
@@ -109,8 +68,7 @@ def feed_forward(
     Source: Shazeer 2020, arXiv:2002.05202 (GEGLU).
     """
     dtype = result_dtype(x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    _check(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, activation, residual, autocast)
+    _check(x, norm_weight, norm_bias, weight_in, bias_in, weight_out, bias_out, activation, residual)
     shape = (*x.shape[:-1], weight_out.shape[0])
     rows = x.reshape(math.prod(shape[:-1]), x.shape[-1])
     added = None if residual is None else residual.reshape(rows.shape[0], shape[-1])
@@ -143,12 +101,10 @@ def _check(
     bias_out: Tensor | None,
     activation: str,
     residual: Tensor | None,
-    autocast: bool,
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, must be float32, float64, bfloat16 or float16")
+    check_floating("x", x)
     for name, weight, columns in (("weight_in", weight_in, "dim"), ("weight_out", weight_out, "hidden")):
         if weight.dim() != 2:
             raise ValueError(f"{name} has {weight.dim()} dimensions, must have 2: (out_features, {columns})")
@@ -170,8 +126,8 @@ def _check(
     shape = (*x.shape[:-1], weight_out.shape[0])
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, must be {shape} as the result has")
-    check_like(
-        x, autocast, norm_weight=norm_weight, norm_bias=norm_bias, weight_in=weight_in, bias_in=bias_in,
+    check_parameters(
+        x, norm_weight=norm_weight, norm_bias=norm_bias, weight_in=weight_in, bias_in=bias_in,
         weight_out=weight_out, bias_out=bias_out, residual=residual,
     )  # fmt: skip
 

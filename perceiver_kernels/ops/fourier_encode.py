@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,50 +14,17 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import fourier_encode as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.registration import define, differentiate, implement
+from perceiver_kernels.ops.validation import DTYPES, check_floating
 
 OP = "fourier_encode"
 ORDERS = ("per_axis", "grouped")
 SPACINGS = ("linear", "log2")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import fourier_encode
-
-    return fourier_encode
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=TRITON_DTYPES,
-        data_dtypes=TRITON_DTYPES,
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native,
-        devices=("cpu",),
-        compute_dtypes=DTYPES,
-        data_dtypes=DTYPES,
-        unavailable=native.cpu_unavailable,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=DTYPES, data_dtypes=DTYPES
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES)
+declare_native(OP, native, compute_dtypes=DTYPES, data_dtypes=DTYPES)
+declare_reference(OP, reference, compute_dtypes=DTYPES, data_dtypes=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -223,8 +189,7 @@ def explain(positions: Tensor, *_: Any, out: Tensor | None = None, dtype: torch.
 def check_positions(positions: Tensor) -> None:
     if positions.dim() < 1 or positions.shape[-1] < 1:
         raise ValueError(f"positions has shape {tuple(positions.shape)}, must be (..., axes) with at least one axis")
-    if positions.dtype not in DTYPES:
-        raise ValueError(f"positions has dtype {positions.dtype}, must be float32, float64, bfloat16 or float16")
+    check_floating("positions", positions)
 
 
 def encode_points(

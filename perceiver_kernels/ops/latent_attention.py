@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,50 +9,20 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native, torch_attention
+from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import latent_attention as reference
 from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
+from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import COMPUTE_DTYPES, DTYPES, autocast, check_qkv
 
 OP = "latent_attention"
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COMPUTE_DTYPES = (torch.float32, torch.float64)
 
-
-def _triton() -> ModuleType:
-    return importlib.import_module("perceiver_kernels.backends.triton.latent_attention")
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        channels=(1, MAX_HEAD_DIM),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native,
-        devices=("cpu",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DTYPES,
-        channels=(1, MAX_HEAD_DIM),
-        unavailable=native.cpu_unavailable,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_HEAD_DIM))
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES, channels=(1, MAX_HEAD_DIM))
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
 def latent_attention(
@@ -94,54 +62,13 @@ def latent_attention(
     a backend is forced or the call compiled; PERCEIVER_KERNELS_AUTOTUNE=1 measures whether that or ours is faster.
     Source: Jaegle et al. 2021, arXiv:2103.03206; Dao 2023, arXiv:2307.08691.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, dropout_p, seed)
-    random = None
-    if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    random = seed_tensor(dropout_p, seed)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if _by_torch(q, k, v, dropout_p, scale, measure=True):
         return torch_attention.attention(q, k, v, scale)
     return torch.ops.perceiver_kernels.latent_attention_fwd(q, k, v, random, scale, dropout_p)[0]
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype, where it is on and they are of lower precision than float64."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: int | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} has {tensor.dim()} dimensions, must have 4: (batch, heads, tokens, head_dim)")
-        if tensor.shape[3] < 1:
-            raise ValueError(f"{name} has head_dim 0, must have at least 1")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}, must be float32, float64, bfloat16 or float16")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {q.dtype} as q has")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {q.device} as q is")
-        if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {q.shape[0]} as q has")
-        if tensor.shape[1] != q.shape[1]:
-            raise ValueError(f"{name} has {tensor.shape[1]} heads, must have {q.shape[1]} as q has")
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(f"k has head_dim {k.shape[3]}, must have {q.shape[3]} as q has")
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"v has {v.shape[2]} tokens, must have {k.shape[2]} as k has")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
 
 
 def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
@@ -199,7 +126,7 @@ def _fwd(
     q: Tensor, k: Tensor, v: Tensor, random: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(q, v, dropout_p)).load()
-    return backend.latent_attention_fwd(q, k, v, scale, dropout_p, 0 if random is None else int(random))
+    return backend.latent_attention_fwd(q, k, v, scale, dropout_p, seed_number(random))
 
 
 def _bwd(
@@ -214,15 +141,14 @@ def _bwd(
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(q, v, dropout_p)).load()
-    seed = 0 if random is None else int(random)
-    return backend.latent_attention_bwd(q, k, v, out, lse, d_out, scale, dropout_p, seed)
+    return backend.latent_attention_bwd(q, k, v, out, lse, d_out, scale, dropout_p, seed_number(random))
 
 
 def _fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, random: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return native.rows_first(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return rows_first(q, q.shape[2], v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 def _bwd_fake(
@@ -236,7 +162,7 @@ def _bwd_fake(
     lse: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_q, d_k, d_v = (native.rows_first(tensor, tensor.shape[2], tensor.shape[3]) for tensor in (q, k, v))
+    d_q, d_k, d_v = (rows_first(tensor, tensor.shape[2], tensor.shape[3]) for tensor in (q, k, v))
     return d_q, d_k, d_v
 
 

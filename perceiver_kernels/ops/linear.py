@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import matrix_product, native, native_linear
+from perceiver_kernels.backends import matrix_product, native_linear
 from perceiver_kernels.backends.reference import linear as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import DTYPES, autocast_dtype, check_floating, check_parameters, check_vector
 
 OP = "linear"
 ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
@@ -22,42 +21,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "geglu", "geglu_tanh")
 _SMALL_ON_GPU = 1 << 33
 # Elements of a result from which a fresh one comes page by page from the system: huge pages are faster then.
 _MUCH = 1 << 23
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def _triton() -> ModuleType:
-    return importlib.import_module("perceiver_kernels.backends.triton.linear")
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=TRITON_DTYPES,
-        data_dtypes=TRITON_DTYPES,
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native_linear,
-        devices=("cpu",),
-        compute_dtypes=DTYPES,
-        data_dtypes=DTYPES,
-        unavailable=native.cpu_unavailable,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP, "reference", load=lambda: reference, devices=("any",), compute_dtypes=DTYPES, data_dtypes=DTYPES
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES)
+declare_native(OP, native_linear, compute_dtypes=DTYPES, data_dtypes=DTYPES)
+declare_reference(OP, reference, compute_dtypes=DTYPES, data_dtypes=DTYPES)
 
 
 def linear(
@@ -94,7 +61,7 @@ def linear(
     Numbers: 16-bit inputs are multiplied in float32 and rounded once where that is faster than their own products.
     """
     dtype = result_dtype(x)
-    _check(x, weight, bias, activation, residual, autocast=dtype != x.dtype or _autocast(x))
+    _check(x, weight, bias, activation, residual)
     kind = activation or "none"
     shape = (*x.shape[:-1], weight.shape[0] // 2 if kind.startswith("geglu") else weight.shape[0])
     rows = x.reshape(math.prod(shape[:-1]), x.shape[-1])
@@ -148,24 +115,16 @@ def explain(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str:
     return dispatch.describe(_call(x, weight))
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
 def result_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or autocast's, which leaves float64 alone."""
-    if _autocast(x) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    dtype = autocast_dtype(x.device)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, *, autocast: bool
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, must be None or one of {', '.join(ACTIVATIONS)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x has dtype {x.dtype}, must be float32, float64, bfloat16 or float16")
+    check_floating("x", x)
     if weight.dim() != 2:
         raise ValueError(f"weight has {weight.dim()} dimensions, must have 2: (out_features, in_features)")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -179,25 +138,7 @@ def _check(
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, must be {shape} as the result has")
     check_vector("bias", bias, weight.shape[0], "weight has rows")
-    check_like(x, autocast, weight=weight, bias=bias, residual=residual)
-
-
-def check_vector(name: str, vector: Tensor | None, size: int, reason: str) -> None:
-    if vector is not None and tuple(vector.shape) != (size,):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}, must be ({size},) as {reason}")
-
-
-def check_like(x: Tensor, autocast: bool, **tensors: Tensor | None) -> None:
-    """All on x's device, and in its dtype; under autocast in any floating one."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if autocast and tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, must be float32, float64, bfloat16 or float16")
-        if not autocast and tensor.dtype != x.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {x.dtype} as x has")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {x.device} as x is")
+    check_parameters(x, weight=weight, bias=bias, residual=residual)
 
 
 define(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,60 +13,38 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_attention as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
+from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    Named,
+    check_batch,
+    check_boolean,
+    check_devices,
+    check_dtypes,
+    check_rows,
+)
 
 OP = "separable_attention"
 MAX_AXES = 4
 MAX_CHANNELS = 128
 MAX_TOKENS = 2**34  # the counter of the dropout generator
-COMPUTE_DTYPES = (torch.float32, torch.float64)
-DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+DATA_DTYPES = (*DTYPES, torch.uint8)
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import separable_attention
-
-    return separable_attention
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.uint8),
-        axes=(1, MAX_AXES),
-        channels=(1, MAX_CHANNELS),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
+declare_gpu(
+    OP,
+    "triton",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=(*GPU_DTYPES, torch.uint8),
+    axes=(1, MAX_AXES),
+    channels=(1, MAX_CHANNELS),
 )
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native,
-        devices=("cpu",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-        axes=(1, MAX_AXES),
-        channels=(1, MAX_CHANNELS),
-        unavailable=native.cpu_unavailable,
-    )
+declare_native(
+    OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES, axes=(1, MAX_AXES), channels=(1, MAX_CHANNELS)
 )
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "reference",
-        load=lambda: reference,
-        devices=("any",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-    )
-)
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -160,10 +137,8 @@ def separable_attention(
     Source: docs/separable_attention.md; the softmax is streamed as in Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     tables = tuple(tables)
-    x, r, mask = _checked(a, tables, x, r, mask, dropout_p, seed, x_scale, x_shift)
-    random = None
-    if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    x, r, mask = _checked(a, tables, x, r, mask, x_scale, x_shift)
+    random = seed_tensor(dropout_p, seed)
     if x_scale is None and x_shift is None:
         return _state(a, tables, x, r, mask, random, dropout_p)
     scale = a.new_ones(a.shape[2]) if x_scale is None else x_scale
@@ -192,7 +167,7 @@ def _state(
 def attend_to_grid(
     form: Tensor, x: Tensor, r: Tensor | None = None, *, mask: Tensor | None = None, dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """separable_attention for callers that have a and the tables in one array: nothing is copied, nothing checked.
+    """separable_attention for callers that have a and the tables in one array: nothing is copied, no shape checked.
 
     Args:
         form: (batch or 1, c + S_1 + ... + S_A, rows), a and then the tables, transposed.
@@ -201,7 +176,7 @@ def attend_to_grid(
     Returns:
         (batch, c + S_1 + ... + S_A, rows), acc and then the marginals; and total (batch, rows).
     """
-    random = torch.randint(2**63 - 1, (1,), device="cpu") if dropout_p > 0 else None
+    random = seed_tensor(dropout_p)
     sums, _, total = torch.ops.perceiver_kernels.separable_attention_fwd(form, x, r, mask, random, dropout_p)
     return sums, total
 
@@ -212,16 +187,11 @@ def _checked(
     x: Tensor,
     r: Tensor | None,
     mask: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
     x_scale: Tensor | None,
     x_shift: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Validates the arguments; returns x, r and mask with the grid's axes apart."""
-    if a.dim() != 3:
-        raise ValueError(f"a has {a.dim()} dimensions, must have 3: (batch or 1, rows, channels)")
-    if a.dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"a has dtype {a.dtype}, must be torch.float32 or torch.float64")
+    check_rows(a)
     if not 1 <= len(tables) <= MAX_AXES:
         raise ValueError(f"tables has {len(tables)} entries, must have one per grid axis, 1 to {MAX_AXES}")
     if x.dtype not in DATA_DTYPES:
@@ -245,26 +215,18 @@ def _checked(
         raise ValueError(f"a has batch {a.shape[0]}, must be 1 or {x.shape[0]} as x has")
     if r is not None:
         r = _on_grid("r", r, grid, 0)
-        _same_batch("r", r, x)
+        check_batch("r", r, like=("x", x))
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
+        check_boolean(mask)
         mask = _on_grid("mask", mask, grid, 0)
-        _same_batch("mask", mask, x)
+        check_batch("mask", mask, like=("x", x))
     for name, vector in (("x_scale", x_scale), ("x_shift", x_shift)):
         if vector is not None and tuple(vector.shape) != (a.shape[2],):
             raise ValueError(f"{name} has shape {tuple(vector.shape)}, must be ({a.shape[2]},), one per channel of x")
-    named = [(f"tables[{k}]", table) for k, table in enumerate(tables)]
-    for name, tensor in (*named, ("r", r), ("x_scale", x_scale), ("x_shift", x_shift)):
-        if tensor is not None and tensor.dtype != a.dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {a.dtype} as a has")
-    for name, tensor in (*named, ("x", x), ("r", r), ("mask", mask), ("x_scale", x_scale), ("x_shift", x_shift)):
-        if tensor is not None and tensor.device != a.device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {a.device} as a is")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
+    computed: list[Named] = [(f"tables[{k}]", table) for k, table in enumerate(tables)]
+    computed += [("r", r), ("x_scale", x_scale), ("x_shift", x_shift)]
+    check_dtypes(computed, like=("a", a))
+    check_devices([*computed, ("x", x), ("mask", mask)], like=("a", a))
     return x, r, mask
 
 
@@ -278,11 +240,6 @@ def _on_grid(name: str, tensor: Tensor, grid: tuple[int, ...], trailing: int) ->
         expected = f"(batch, {math.prod(grid)}{tail}) or (batch, {', '.join(map(str, grid))}{tail})"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {expected} for the grid of the tables")
     return tensor.unflatten(1, grid) if tensor.numel() else tensor.reshape(tensor.shape[0], *grid, *tensor.shape[2:])
-
-
-def _same_batch(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.shape[0] != x.shape[0]:
-        raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {x.shape[0]} as x has")
 
 
 def _call(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> dispatch.Call:
@@ -320,8 +277,7 @@ def _fwd(
     form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, random: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(form, x, mask, dropout_p)).load()
-    seed = 0 if random is None else int(random)
-    return backend.separable_attention_fwd(form, x, r, mask, dropout_p, seed)
+    return backend.separable_attention_fwd(form, x, r, mask, dropout_p, seed_number(random))
 
 
 def _bwd(
@@ -340,9 +296,8 @@ def _bwd(
     *needs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = dispatch.select(_call(form, x, mask, dropout_p)).load()
-    seed = 0 if random is None else int(random)
     saved, upstream = (sums, lse, total), (d_sums, d_lse, d_total)
-    return backend.separable_attention_bwd(form, x, r, mask, dropout_p, seed, saved, upstream, needs)
+    return backend.separable_attention_bwd(form, x, r, mask, dropout_p, seed_number(random), saved, upstream, needs)
 
 
 def _fwd_fake(

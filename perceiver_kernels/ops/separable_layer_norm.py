@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,56 +11,17 @@ from torch import Tensor
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import separable_layer_norm as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.registration import define, differentiate, implement
+from perceiver_kernels.ops.validation import COMPUTE_DTYPES, DTYPES
 
 OP = "separable_layer_norm"
 MAX_AXES = 4
-COMPUTE_DTYPES = (torch.float32, torch.float64)
-DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+DATA_DTYPES = (*DTYPES, torch.uint8)
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import separable_layer_norm
-
-    return separable_layer_norm
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.uint8),
-        axes=(1, MAX_AXES),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "native",
-        load=lambda: native,
-        devices=("cpu",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-        axes=(1, MAX_AXES),
-        unavailable=native.cpu_unavailable,
-    )
-)
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "reference",
-        load=lambda: reference,
-        devices=("any",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-    )
-)
+declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=(*GPU_DTYPES, torch.uint8), axes=(1, MAX_AXES))
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES, axes=(1, MAX_AXES))
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES)
 
 
 def separable_layer_norm(

@@ -4,57 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native
+from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import separable_query_attention as reference
-from perceiver_kernels.backends.triton import runtime
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
+from perceiver_kernels.ops.validation import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    Named,
+    autocast,
+    check_batch,
+    check_computes,
+    check_devices,
+    check_dtypes,
+    check_key_mask,
+)
 
 OP = "separable_query_attention"
 MAX_AXES = 4
 MAX_CHANNELS = 128
 MAX_ROWS = 2**31  # counted in 32 bits
 TRITON_MAX_HEAD_DIM = 1024
-COMPUTE_DTYPES = (torch.float32, torch.float64)
-DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
-def _triton() -> ModuleType:
-    from perceiver_kernels.backends.triton import separable_query_attention
-
-    return separable_query_attention
-
-
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "triton",
-        load=_triton,
-        devices=("cuda",),
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        axes=(1, MAX_AXES),
-        channels=(1, TRITON_MAX_HEAD_DIM),
-        unavailable=runtime.unavailable,
-        devices_if_forced=runtime.devices_if_forced,
-    )
+declare_gpu(
+    OP,
+    "triton",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=GPU_DTYPES,
+    axes=(1, MAX_AXES),
+    channels=(1, TRITON_MAX_HEAD_DIM),
 )
-dispatch.declare(
-    dispatch.Declaration(
-        OP,
-        "reference",
-        load=lambda: reference,
-        devices=("any",),
-        compute_dtypes=COMPUTE_DTYPES,
-        data_dtypes=DATA_DTYPES,
-    )
-)
+declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
 def separable_query_attention(
@@ -102,22 +89,12 @@ def separable_query_attention(
     Source: docs/separable_attention.md; Jaegle et al. 2022, arXiv:2107.14795; Dao 2023, arXiv:2307.08691.
     """
     tables = tuple(tables)
-    v = _autocast(v)
-    x, r = _checked(tables, v, h, k, x, r, mask, dropout_p, seed)
-    random = None
-    if dropout_p > 0:
-        random = torch.randint(2**63 - 1, (1,), device="cpu") if seed is None else torch.tensor([seed], device="cpu")
+    (v,) = autocast(v)
+    x, r = _checked(tables, v, h, k, x, r, mask)
+    random = seed_tensor(dropout_p, seed)
     form = torch.cat([part.transpose(2, 3) for part in (*(() if k is None else (k,)), *tables)], 2)
     grid = [table.shape[3] for table in tables]
     return torch.ops.perceiver_kernels.separable_query_attention_fwd(form, v, h, x, r, mask, random, grid, dropout_p)[0]
-
-
-def _autocast(v: Tensor) -> Tensor:
-    """The values in autocast's dtype, where it is on and they are of lower precision than float64."""
-    device = v.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or v.dtype == torch.float64:
-        return v
-    return v.to(torch.get_autocast_dtype(device)) if v.is_floating_point() else v
 
 
 def _checked(
@@ -128,8 +105,6 @@ def _checked(
     x: Tensor | None,
     r: Tensor | None,
     mask: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Validates the arguments; returns x and r with the queries in one dimension."""
     if not 1 <= len(tables) <= MAX_AXES:
@@ -139,14 +114,14 @@ def _checked(
     batch, heads, keys, head_dim_v = v.shape
     if head_dim_v < 1:
         raise ValueError("v has head_dim_v 0, must have at least 1")
-    dtype, device = tables[0].dtype, tables[0].device
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"tables[0] has dtype {dtype}, must be torch.float32 or torch.float64")
+    first = ("tables[0]", tables[0])
+    check_computes(*first)
+    dtype = tables[0].dtype
     if v.dtype not in (dtype, torch.bfloat16, torch.float16):
         raise ValueError(f"v has dtype {v.dtype}, must be bfloat16, float16 or {dtype} as tables[0] has")
     for j, table in enumerate(tables):
         _check_keys(f"tables[{j}]", table, batch, heads, keys, "positions")
-        _same_batch(f"tables[{j}]", table, tables[0])
+        check_batch(f"tables[{j}]", table, like=first)
     grid = tuple(table.shape[3] for table in tables)
     if heads * math.prod(grid) >= MAX_ROWS:
         raise ValueError(
@@ -156,7 +131,7 @@ def _checked(
         raise ValueError(f"{'k' if k is None else 'x'} is None, must be given as {'x' if k is None else 'k'} is")
     if k is not None and x is not None:
         _check_keys("k", k, batch, heads, keys, "channels")
-        _same_batch("k", k, tables[0])
+        check_batch("k", k, like=first)
         x = _flat("x", x, batch, grid, 1)
         if x.shape[2] != k.shape[3]:
             raise ValueError(f"x has {x.shape[2]} channels, must have {k.shape[3]} as k has")
@@ -166,22 +141,11 @@ def _checked(
         raise ValueError(f"h has shape {tuple(h.shape)}, must be ({_batches(batch)}, {heads}, {keys}) for v")
     if r is not None:
         r = _flat("r", r, batch, grid, 0)
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask has dtype {mask.dtype}, must be torch.bool (True = attend)")
-        if tuple(mask.shape) != (batch, keys):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}, must be ({batch}, {keys}) for v")
-    named = [*((f"tables[{j}]", table) for j, table in enumerate(tables)), ("h", h), ("k", k), ("x", x), ("r", r)]
-    for name, tensor in named:
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, must be {dtype} as tables[0] has")
-    for name, tensor in (*named, ("v", v), ("mask", mask)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, must be on {device} as tables[0] is")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be at least 0 and less than 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}, must be from 0 to 2^63 - 1")
+    check_key_mask(mask, batch, keys, "keys of v")
+    computed: list[Named] = [(f"tables[{j}]", table) for j, table in enumerate(tables)]
+    computed += [("h", h), ("k", k), ("x", x), ("r", r)]
+    check_dtypes(computed, like=first)
+    check_devices([*computed, ("v", v), ("mask", mask)], like=first)
     return x, r
 
 
@@ -194,11 +158,6 @@ def _check_keys(name: str, tensor: Tensor, batch: int, heads: int, keys: int, la
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, must be ({_batches(batch)}, {heads}, {keys}, {last}) for v"
         )
-
-
-def _same_batch(name: str, tensor: Tensor, table: Tensor) -> None:
-    if tensor.shape[0] != table.shape[0]:
-        raise ValueError(f"{name} has batch {tensor.shape[0]}, must be {table.shape[0]} as tables[0] has")
 
 
 def _flat(name: str, tensor: Tensor, batch: int, grid: tuple[int, ...], trailing: int) -> Tensor:
@@ -248,8 +207,7 @@ def _fwd(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
-    seed = 0 if random is None else int(random)
-    return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed)
+    return backend.separable_query_attention_fwd(form, v, h, x, r, mask, grid, dropout_p, seed_number(random))
 
 
 def _bwd(
@@ -268,8 +226,9 @@ def _bwd(
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     backend = dispatch.select(_call(form, v, mask, len(grid), dropout_p)).load()
-    seed = 0 if random is None else int(random)
-    return backend.separable_query_attention_bwd(form, v, h, x, r, mask, grid, dropout_p, seed, out, lse, d_out, needs)
+    return backend.separable_query_attention_bwd(
+        form, v, h, x, r, mask, grid, dropout_p, seed_number(random), out, lse, d_out, needs
+    )
 
 
 def _fwd_fake(
@@ -284,7 +243,7 @@ def _fwd_fake(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     queries = math.prod(grid)
-    return native.rows_first(v, queries, v.shape[3]), form.new_empty(*v.shape[:2], queries)
+    return rows_first(v, queries, v.shape[3]), form.new_empty(*v.shape[:2], queries)
 
 
 def _bwd_fake(

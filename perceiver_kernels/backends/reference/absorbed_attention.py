@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perceiver_kernels.backends.reference.attention import kept, over_batch, softmax
 from perceiver_kernels.backends.reference.fourier_encode import point_features
-from perceiver_kernels.backends.reference.philox import dropout_scales
 
 State = tuple[Tensor, Tensor, Tensor]
 Features = tuple[Sequence[float], bool, bool, bool]  # frequencies, grouped, concat_pos, sine_only
@@ -40,8 +40,7 @@ def _weights(a: Tensor, z: Tensor, r: Tensor, mask: Tensor | None) -> tuple[Tens
     scores = r * form
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    return form, lse, scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0)
+    return form, *softmax(scores)
 
 
 def absorbed_attention_fwd(
@@ -58,8 +57,7 @@ def absorbed_attention_fwd(
     z = _tokens(x, positions, features, mask, a.dtype)
     r = _factor(z, eps)
     _, lse, p = _weights(a, z, r, mask)
-    if dropout_p > 0:
-        p = p * dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device)
+    p = p * kept(p, dropout_p, seed)
     return (p * r) @ z, lse.double(), p.sum(-1)
 
 
@@ -82,7 +80,7 @@ def absorbed_attention_bwd(
     z = _tokens(x, positions, features, mask, a.dtype)
     r = _factor(z, eps)
     form, _, p = _weights(a, z, r, mask)
-    keep = dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device) if dropout_p > 0 else p.new_ones(1, 1, 1)
+    keep = kept(p, dropout_p, seed)
 
     u = d_acc @ z.transpose(1, 2)
     delta = (d_acc * acc).sum(-1) + d_total * total - d_lse.to(a.dtype)
@@ -92,8 +90,7 @@ def absorbed_attention_bwd(
     needs_a, needs_x = needs
     d_a, d_x = a.new_empty(0), a.new_empty(0)
     if needs_a:
-        d_a = (d_scores * r) @ z
-        d_a = d_a.sum(0, keepdim=True) if a.shape[0] == 1 else d_a
+        d_a = over_batch((d_scores * r) @ z, a)
     if needs_x and x is not None:
         d_z = (d_scores * r).transpose(1, 2) @ a + (p * keep * r).transpose(1, 2) @ d_acc
         if eps is not None:

@@ -1,11 +1,12 @@
-"""Cross-attention as its formula stands, the weights in full: latent attention whose keys may be masked."""
+"""Cross-attention as its formula stands, the weights in full."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.reference.latent_attention import _computed, _keep, rows_first
+from perceiver_kernels.backends.layout import with_rows_first
+from perceiver_kernels.backends.reference.attention import computed, kept, softmax
 
 
 def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -21,8 +22,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[T
     scores = scale * (q @ k.transpose(2, 3))
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    return lse, scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0)
+    return softmax(scores)
 
 
 def cross_attention_fwd(
@@ -30,10 +30,10 @@ def cross_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """out (batch, heads, queries, head_dim_v) in q's dtype, lse (batch, heads, queries) in that of the computation."""
     dtype = q.dtype
-    q, k, v = _computed(q, k, v)
+    q, k, v = computed(q, k, v)
     k, v = _masked(k, v, mask)
     lse, p = _weights(q, k, mask, scale)
-    return rows_first(((p * _keep(p, dropout_p, seed)) @ v).to(dtype)), lse
+    return with_rows_first(((p * kept(p, dropout_p, seed)) @ v).to(dtype)), lse
 
 
 def cross_attention_bwd(
@@ -50,15 +50,15 @@ def cross_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes and dtype."""
     dtype = q.dtype
-    q, k, v, out, d_out = _computed(q, k, v, out, d_out)
+    q, k, v, out, d_out = computed(q, k, v, out, d_out)
     k, v = _masked(k, v, mask)
     _, p = _weights(q, k, mask, scale)
-    keep = _keep(p, dropout_p, seed)
+    keep = kept(p, dropout_p, seed)
     delta = (d_out * out).sum(-1, keepdim=True)
     d_scores = scale * p * (keep * (d_out @ v.transpose(2, 3)) - delta)
     d_k, d_v = d_scores.transpose(2, 3) @ q, (p * keep).transpose(2, 3) @ d_out
     if mask is not None:
         d_scores = d_scores.masked_fill(~mask[:, None, None], 0.0)
         d_k, d_v = _masked(d_k, d_v, mask)
-    d_q, d_k, d_v = (rows_first(gradient.to(dtype)) for gradient in (d_scores @ k, d_k, d_v))
+    d_q, d_k, d_v = (with_rows_first(gradient.to(dtype)) for gradient in (d_scores @ k, d_k, d_v))
     return d_q, d_k, d_v

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.reference.philox import dropout_scales
+from perceiver_kernels.backends.reference.attention import kept, over_batch, softmax
+from perceiver_kernels.backends.reference.grids import marginals, spread
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -15,21 +16,12 @@ def _over_tokens(form: Tensor, x: Tensor) -> Tensor:
     grid = x.shape[1:-1]
     channels, *tables = form.transpose(1, 2).split((x.shape[-1], *grid), 2)
     total = (channels @ x.flatten(1, -2).transpose(1, 2)).unflatten(2, grid)
-    for k, table in enumerate(tables):
-        shape = [1] * len(grid)
-        shape[k] = grid[k]
-        total = total + table.unflatten(2, shape)
-    return total.flatten(2)
+    return sum(spread(tables), total).flatten(2)
 
 
 def _sums(weights: Tensor, x: Tensor) -> Tensor:
     """Weighted sum of x, and the weights' marginals along each axis, as a form (batch, entries, rows)."""
-    grid = x.shape[1:-1]
-    on_grid = weights.unflatten(2, grid)
-    marginals = [
-        on_grid.sum([d + 2 for d in range(len(grid)) if d != k]) if len(grid) > 1 else on_grid for k in range(len(grid))
-    ]
-    return torch.cat((weights @ x.flatten(1, -2), *marginals), 2).transpose(1, 2).contiguous()
+    return torch.cat((weights @ x.flatten(1, -2), *marginals(weights, x.shape[1:-1])), 2).transpose(1, 2).contiguous()
 
 
 def _weights(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,9 +31,7 @@ def _weights(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None) -> 
     scores = factor * form
     if mask is not None:
         scores = scores.masked_fill(~mask.flatten(1)[:, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    empty = lse == -torch.inf  # no token at all, or none but with a score of -inf
-    return form, factor, lse, scores.softmax(-1).masked_fill(empty[..., None], 0.0)
+    return form, factor, *softmax(scores)
 
 
 def separable_attention_fwd(
@@ -50,8 +40,7 @@ def separable_attention_fwd(
     """sums, lse (float64) and total of separable attention; shapes as in ops.separable_attention.attend_to_grid."""
     x = x.to(form.dtype)
     _, factor, lse, p = _weights(form, x, r, mask)
-    if dropout_p > 0:
-        p = p * dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device)
+    p = p * kept(p, dropout_p, seed)
     return _sums(p * factor, x), lse.double(), p.sum(-1)
 
 
@@ -71,7 +60,7 @@ def separable_attention_bwd(
     d_sums, d_lse, d_total = upstream
     data = x.to(form.dtype)
     scores, factor, _, p = _weights(form, data, r, mask)
-    keep = dropout_scales(p.shape, dropout_p, seed, p.dtype, p.device) if dropout_p > 0 else p.new_ones(1, 1, 1)
+    keep = kept(p, dropout_p, seed)
 
     u = _over_tokens(d_sums, data)
     delta = (d_sums * sums).sum(1) + d_total * total - d_lse.to(form.dtype)
@@ -81,9 +70,7 @@ def separable_attention_bwd(
     needs_form, needs_x, needs_r = needs
     d_form, d_x, d_r = form.new_empty(0), x.new_empty(0), form.new_empty(0)
     if needs_form:
-        d_form = _sums(d_scores * factor, data)
-        if form.shape[0] == 1:
-            d_form = d_form.sum(0, keepdim=True)
+        d_form = over_batch(_sums(d_scores * factor, data), form)
     if needs_x:
         channels = x.shape[-1]
         d_x = (d_scores * factor).transpose(1, 2) @ form[:, :channels].transpose(1, 2)

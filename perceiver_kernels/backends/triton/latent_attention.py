@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_kernels.backends.native import rows_first
+from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LN2, LOG2E, exp2
 from perceiver_kernels.backends.triton.philox import keep_scales, threshold
