@@ -1,10 +1,15 @@
-"""Builds perceiver_kernels._cpu without torch: each kernel file once per instruction set, by ninja, into one module."""
+"""Builds the compiled modules without torch, by ninja.
+
+perceiver_kernels._cpu: each kernel file once per instruction set. perceiver_kernels._cuda: each kernel file once, for
+all GPUs of CUDA_ARCHS; where there is no nvcc it is left out.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 
 KERNELS = [
     "latent_attention",
@@ -50,17 +56,62 @@ FLAGS = [
     "-Wno-psabi",
 ]
 
+# GPUs that get machine code, as nvcc names them, the last one also code that newer GPUs compile for themselves.
+# PERCEIVER_KERNELS_CUDA_ARCHS="80;86" replaces the list.
+CUDA_ARCHS = "80;90a;100"
+
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-cudart=static",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+]
+
 
 class BuildWithNinja(build_ext):
-    """Writes one ninja file and runs it: objects build in parallel and only when their sources changed."""
+    """Writes one ninja file per module and runs it: objects build in parallel and only when their sources changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        build = Path(self.build_temp).resolve()
+        name = ext.name.rpartition(".")[2]
+        nvcc = find_nvcc() if name == "_cuda" else None
+        if name == "_cuda" and not nvcc:
+            return
+        build = Path(self.build_temp, name).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(target))
-        subprocess.run([ninja_command(), "-C", str(build)], check=True)
+        (build / "build.ninja").write_text(cuda_ninja_file(target, nvcc) if nvcc else cpu_ninja_file(target))
+        done = subprocess.run([ninja_command(), "-C", str(build)], check=False)
+        if done.returncode == 0:
+            return
+        if name == "_cuda" and not cuda_demanded():
+            print("perceiver_kernels: CUDA kernels left out, nvcc failed; PERCEIVER_KERNELS_CUDA=1 insists on them")
+            return
+        raise SystemExit(f"perceiver_kernels: building {ext.name} failed, see the compiler's message above")
+
+    def get_outputs(self) -> list[str]:
+        return [output for output in super().get_outputs() if Path(output).exists()]
+
+
+def cuda_demanded() -> bool:
+    return os.environ.get("PERCEIVER_KERNELS_CUDA") == "1"
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, unless PERCEIVER_KERNELS_CUDA=0; without one a line says what follows from that."""
+    wanted = os.environ.get("PERCEIVER_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"PERCEIVER_KERNELS_CUDA is {wanted!r}, must be 0 (off), 1 (insist) or unset")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    if nvcc is None and wanted == "1":
+        raise SystemExit("PERCEIVER_KERNELS_CUDA is 1, but there is no nvcc in CUDA_HOME/bin or on the PATH")
+    if nvcc is None:
+        print("perceiver_kernels: CUDA kernels left out, there is no nvcc in CUDA_HOME/bin or on the PATH")
+    return nvcc
 
 
 def ninja_command() -> str:
@@ -75,11 +126,9 @@ def escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(target: Path) -> str:
+def host_rule() -> list[str]:
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    libraries = [] if sys.platform == "darwin" else ["-ldl", "-pthread"]
-    lines = [
+    return [
         f"cxx = {os.environ.get('CXX', 'c++')}",
         f"flags = {shlex.join(FLAGS + includes)} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
@@ -87,6 +136,14 @@ def ninja_file(target: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
+    ]
+
+
+def cpu_ninja_file(target: Path) -> str:
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    libraries = [] if sys.platform == "darwin" else ["-ldl", "-pthread"]
+    lines = [
+        *host_rule(),
         "rule link",
         f"  command = $cxx {shlex.join(shared)} $in -o $out {shlex.join(libraries)}",
         "  description = link $out",
@@ -106,7 +163,36 @@ def ninja_file(target: Path) -> str:
     return "\n".join(lines)
 
 
+def gencode_flags() -> list[str]:
+    archs = os.environ.get("PERCEIVER_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def cuda_ninja_file(target: Path, nvcc: str) -> str:
+    lines = [
+        *host_rule(),
+        f"nvcc = {shlex.quote(nvcc)}",
+        f"cuda_flags = {shlex.join(CUDA_FLAGS)} {shlex.join(gencode_flags())}",
+        "rule compile_cuda",
+        "  command = $nvcc -MD -MF $out.d $cuda_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        "  command = $nvcc -shared $cuda_flags $in -o $out",
+        "  description = link $out",
+    ]
+    objects = ["bindings.o"]
+    lines.append(f"build bindings.o: compile {escaped((CUDA / 'bindings.cpp').resolve())}")
+    for source in sorted(CUDA.glob("*.cu")):
+        objects.append(f"{source.stem}.cu.o")
+        lines.append(f"build {objects[-1]}: compile_cuda {escaped(source.resolve())}")
+    lines += [f"build {escaped(target)}: link {' '.join(objects)}", f"default {escaped(target)}", ""]
+    return "\n".join(lines)
+
+
 setup(
-    ext_modules=[Extension("perceiver_kernels._cpu", sources=[])],
+    ext_modules=[Extension("perceiver_kernels._cpu", sources=[]), Extension("perceiver_kernels._cuda", sources=[])],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -1,62 +1,20 @@
-// Python's door to the native ops. Tensors arrive as (address, dtype code, sizes, strides); see backends/native.py.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python's door to the CPU's ops.
 #include <numeric>
 #include <string>
-#include <vector>
 
+#include "bindings.h"
 #include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
-#include "ops.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using pk::TensorList;
-using pk::TensorView;
-
-TensorView view(const py::handle& described) {
-  TensorView result;
-  if (described.is_none()) return result;
-  const auto fields = py::cast<py::tuple>(described);
-  const auto sizes = py::cast<py::tuple>(fields[2]), strides = py::cast<py::tuple>(fields[3]);
-  if (sizes.size() > pk::kMaxDims) throw std::invalid_argument("a tensor has more dimensions than native ops take");
-  result.data = reinterpret_cast<void*>(py::cast<uintptr_t>(fields[0]));
-  result.dtype = static_cast<pk::DType>(py::cast<int>(fields[1]));
-  result.dims = static_cast<int>(sizes.size());
-  for (int i = 0; i < result.dims; ++i) {
-    result.sizes[i] = py::cast<int64_t>(sizes[static_cast<size_t>(i)]);
-    result.strides[i] = py::cast<int64_t>(strides[static_cast<size_t>(i)]);
-  }
-  return result;
-}
-
-TensorList views(const py::handle& described) {
-  TensorList result;
-  for (const auto& item : py::cast<py::sequence>(described)) result.push_back(view(item));
-  return result;
-}
-
-pk::SeparableInputs separable_inputs(const py::tuple& inputs, const py::tuple& dropout) {
-  return {
-      view(inputs[0]), views(inputs[1]),
-      view(inputs[2]), view(inputs[3]),
-      view(inputs[4]), {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
-}
-
-pk::SeparableOutputs separable_outputs(const py::tuple& outputs) {
-  return {view(outputs[0]), views(outputs[1]), view(outputs[2]), view(outputs[3])};
-}
-
-pk::LatentInputs latent_inputs(const py::tuple& inputs, double scale, const py::tuple& dropout) {
-  return {view(inputs[0]),
-          view(inputs[1]),
-          view(inputs[2]),
-          scale,
-          {py::cast<double>(dropout[0]), py::cast<uint64_t>(dropout[1]), py::cast<uint32_t>(dropout[2])}};
-}
+using pk::latent_inputs;
+using pk::separable_inputs;
+using pk::separable_outputs;
+using pk::view;
+using pk::views;
 
 pk::LinearEpilogue linear_epilogue(const py::handle& bias, int activation, bool gated) {
   return {view(bias), static_cast<pk::Activation>(activation), gated};
@@ -86,8 +44,7 @@ PYBIND11_MODULE(_cpu, module) {
     const auto in = separable_inputs(inputs, dropout);
     const auto out = separable_outputs(saved);
     const auto up = separable_outputs(upstream);
-    const pk::SeparableGradients result{view(gradients[0]), views(gradients[1]), view(gradients[2]),
-                                        view(gradients[3])};
+    const auto result = pk::separable_gradients(gradients);
     run(threads, [&] { pk::cpu_ops().separable_attention_bwd(in, out, up, result); });
   });
   module.def("separable_layer_norm",

@@ -108,6 +108,26 @@ struct CpuOps {
   double (*exp_rate)(double seconds);
 };
 
+// --- on a GPU ---
+
+// What came of a call: code 0, or the CUDA runtime's error and its description.
+struct Status {
+  int code = 0;
+  const char* message = "";
+};
+
+// Each call launches its kernels on a stream, a cudaStream_t, and returns without waiting for them. What they work in
+// is the caller's memory on the device. The arguments mean what they mean in CpuOps.
+using Stream = void*;
+
+namespace cuda {
+
+Status fourier_encode_grid(const FourierTables&, const TensorView& data, const TensorView& out, Stream);
+
+}  // namespace cuda
+
+// --- on a CPU ---
+
 // The level in use: the best the processor runs, or the one named by PERCEIVER_KERNELS_CPU_ISA.
 const CpuOps& cpu_ops();
 std::vector<const char*> cpu_levels();

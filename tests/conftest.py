@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
 
-# Kernels for GPUs run in Triton's interpreter where there is no GPU; Triton looks at this when they are imported.
+# Kernels for GPUs run on the host where there is no GPU: in Triton's interpreter, which looks at this when they are
+# imported, and compiled by g++.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if cuda_emulation.compiler():
+        cuda_emulation.install()
 
 
 @pytest.fixture(autouse=True)

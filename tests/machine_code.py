@@ -1,13 +1,15 @@
-"""Triton kernels compiled ahead of time to a GPU's machine code, no GPU needed, and what the code shows of its cost.
+"""Kernels' machine code, no GPU needed, and what it shows of their cost.
 
-Kernels are compiled as GPUs get them, so not where TRITON_INTERPRET is set: tests ask for figures through `figures`,
-which runs this file in a process of its own.
+Triton kernels are compiled ahead of time as GPUs get them, so not where TRITON_INTERPRET is set: tests ask for
+`figures`, which runs this file in a process of its own. Those in CUDA C++ are in the module that the install compiled:
+`built`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -96,6 +98,47 @@ def _figures(request: str) -> Figures:
     return Figures(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def cuda_module() -> Path | None:
+    """The file of the compiled perceiver_kernels._cuda, where the install had nvcc."""
+    spec = importlib.util.find_spec("perceiver_kernels")
+    assert spec is not None and spec.origin is not None
+    return next(Path(spec.origin).parent.glob("_cuda.*.so"), None)
+
+
+def built(kernel: str, arch: str) -> Figures:
+    """Figures of the one kernel in perceiver_kernels._cuda whose mangled name contains `kernel`, for sm_<arch>."""
+    found = {name: code for name, code in _module_code(arch).items() if kernel in name}
+    assert len(found) == 1, f"{kernel!r} is in {sorted(found)}"
+    name, (assembly, usage) = found.popitem()
+    registers, shared = re.search(r"REG:(\d+)", usage), re.search(r"SHARED:(\d+)", usage)
+    assert registers and shared, usage
+    return _read_figures(assembly, int(registers.group(1)), int(shared.group(1)))
+
+
+@functools.cache
+def _module_code(arch: str) -> dict[str, tuple[str, str]]:
+    """Of every kernel in perceiver_kernels._cuda its assembly and its line of resource usage."""
+    module = cuda_module()
+    assert module is not None, "the CUDA module is not built"
+    code: dict[str, str] = {}
+    usage: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([_tool("cuobjdump"), "-xelf", f"sm_{arch}", module], cwd=folder, capture_output=True, check=True)
+        for cubin in Path(folder).iterdir():
+            for section in disassembled(cubin.read_bytes()).split("\t.section\t.text.")[1:]:
+                name, _, body = section.partition(",")
+                code[name] = body.partition("\t.section\t")[0]
+            listed = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
+            usage |= re.findall(r"Function (\S+):\s+(REG:.*)", listed.stdout)
+    return {name: (body, usage[name]) for name, body in code.items()}
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
 def compiled(build: Build) -> Any:
     """Triton's compiled kernel: asm["cubin"], asm["ttgir"], metadata."""
     import triton
@@ -118,13 +161,10 @@ def compiled(build: Build) -> Any:
 
 
 def disassembled(cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run([str(tool), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout
 
 
 LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -164,13 +204,17 @@ def count(operations: list[str], prefix: str) -> int:
 def measured(build: Build) -> Figures:
     kernel = compiled(build)
     assembly = disassembled(kernel.asm["cubin"])
+    registers = _registers(kernel.asm["cubin"], kernel.metadata.name)
+    return _read_figures(assembly, registers, kernel.metadata.shared)
+
+
+def _read_figures(assembly: str, registers: int, shared: int) -> Figures:
     instructions, labels = read(assembly)
     operations = [operation for operation, _ in instructions]
     loop = [operation for operation in busiest_loop(instructions, labels) if operation != "NOP"]
-    kernel_name = kernel.metadata.name
     return Figures(
-        registers=_registers(kernel.asm["cubin"], kernel_name),
-        shared=kernel.metadata.shared,
+        registers=registers,
+        shared=shared,
         spills=count(operations, "LDL") + count(operations, "STL"),
         loop=len(loop),
         exponentials=count(loop, "MUFU.EX2"),
@@ -181,13 +225,10 @@ def measured(build: Build) -> Figures:
 
 
 def _registers(cubin: bytes, name: str) -> int:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([str(tool), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+)", usage)
     assert found, usage
     return int(found.group(1))

@@ -1,0 +1,43 @@
+// Python's door to the GPU's ops. Each takes the CUDA stream to launch on as its last argument.
+#include "../bindings.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+using pk::view;
+using pk::views;
+
+pk::Stream stream_at(uintptr_t address) { return reinterpret_cast<pk::Stream>(address); }
+
+// Runs a call without the interpreter lock; what the CUDA runtime objects to becomes an exception.
+template <class Call>
+void run(const Call& call) {
+  pk::Status status;
+  {
+    const py::gil_scoped_release unlocked;
+    status = call();
+  }
+  if (status.code != 0)
+    throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels of perceiver_kernels; call them through perceiver_kernels.ops.";
+#if defined(EMULATED_ARCH)
+  module.attr("emulated") = true;  // the tests' build of the same sources for the host
+#else
+  module.attr("emulated") = false;
+#endif
+
+  module.def("fourier_encode_grid", [](const py::handle& tables, const std::vector<int64_t>& sections,
+                                       const py::handle& data, const py::handle& out, uintptr_t stream) {
+    const pk::FourierTables features{views(tables), sections};
+    const auto data_view = view(data), out_view = view(out);
+    run([&] { return pk::cuda::fourier_encode_grid(features, data_view, out_view, stream_at(stream)); });
+  });
+}

@@ -1,0 +1,89 @@
+"""Kernels of csrc/cuda on the host: g++ compiles the very sources against headers that emulate a GPU's blocks.
+
+`install` makes the result the module perceiver_kernels._cuda of this process, where there is no GPU; the backend "cuda"
+then takes tensors of the CPU, for whoever asks for it by name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+ARCH = "PERCEIVER_KERNELS_EMULATED_ARCH"  # 800 or 900
+SANITIZE = "PERCEIVER_KERNELS_EMULATED_SANITIZE"  # 1: with the address and the undefined-behaviour sanitizer
+
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def build(arch: int = 900, sanitize: bool = False) -> Path:
+    """The module, built where a source is newer than it."""
+    folder = ROOT / "build" / f"cuda_emulation-{arch}{'-sanitized' if sanitize else ''}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{HERE}", f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    flags = [*FLAGS, *includes, f"-DEMULATED_ARCH={arch}", *(SANITIZERS if sanitize else [])]
+    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp", HERE / "emulation.cpp"]
+    lines = [
+        f"flags = {shlex.join(flags)}",
+        "rule compile",
+        f"  command = {compiler()} -x c++ -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} -shared $flags $in -o $out",
+        *(f"build {source.stem}.o: compile {_escaped(source)}" for source in sources),
+        f"build {_escaped(target)}: link {' '.join(f'{source.stem}.o' for source in sources)}",
+        "",
+    ]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run([_ninja(), "-C", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulated CUDA module does not compile:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return target
+
+
+def _escaped(path: Path) -> str:
+    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        return "ninja"
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def install() -> None:
+    """Builds the module that the environment asks for and loads it as perceiver_kernels._cuda."""
+    path = build(int(os.environ.get(ARCH, "900")), os.environ.get(SANITIZE) == "1")
+    spec = importlib.util.spec_from_file_location("perceiver_kernels._cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["perceiver_kernels._cuda"] = module
+
+
+def shuffle(seed: int) -> None:
+    """Lets blocks and threads run in another order from the next launch on; 0 is the order of their numbers."""
+    ctypes.CDLL(sys.modules["perceiver_kernels._cuda"].__file__).emulation_shuffle(ctypes.c_uint(seed))
