@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
+from perceiver_kernels.backends.cuda import runtime as cuda_runtime
 from perceiver_kernels.backends.reference import fourier_encode as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.registration import define, differentiate, implement
@@ -22,7 +23,13 @@ OP = "fourier_encode"
 ORDERS = ("per_axis", "grouped")
 SPACINGS = ("linear", "log2")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cuda() -> ModuleType:
+    from perceiver_kernels.backends.cuda import fourier_encode
+
+    return fourier_encode
 
 
 def _triton() -> ModuleType:
@@ -34,11 +41,23 @@ def _triton() -> ModuleType:
 dispatch.declare(
     dispatch.Declaration(
         OP,
+        "cuda",
+        load=_cuda,
+        devices=("cuda",),
+        compute_dtypes=GPU_DTYPES,
+        data_dtypes=GPU_DTYPES,
+        unavailable=cuda_runtime.unavailable,
+        devices_if_forced=cuda_runtime.devices_if_forced,
+    )
+)
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
         "triton",
         load=_triton,
         devices=("cuda",),
-        compute_dtypes=TRITON_DTYPES,
-        data_dtypes=TRITON_DTYPES,
+        compute_dtypes=GPU_DTYPES,
+        data_dtypes=GPU_DTYPES,
         unavailable=runtime.unavailable,
         devices_if_forced=runtime.devices_if_forced,
     )

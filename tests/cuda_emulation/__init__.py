@@ -25,7 +25,16 @@ CUDA = ROOT / "csrc" / "cuda"
 ARCH = "PERCEIVER_KERNELS_EMULATED_ARCH"  # 800 or 900
 SANITIZE = "PERCEIVER_KERNELS_EMULATED_SANITIZE"  # 1: with the address and the undefined-behaviour sanitizer
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
