@@ -42,6 +42,26 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def sanitizer_libraries() -> list[str]:
+    """The sanitizers' shared libraries, which a process must load first; none where the compiler has none."""
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [str(compiler()), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found += [path] if Path(path).is_absolute() else []
+    return found if len(found) == 2 else []
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a process that loads a sanitized library needs; Python itself leaks."""
+    return {
+        "LD_PRELOAD": ":".join(sanitizer_libraries()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        SANITIZE: "1",
+    }
+
+
 def build(arch: int = 900, sanitize: bool = False) -> Path:
     """The module, built where a source is newer than it."""
     folder = ROOT / "build" / f"cuda_emulation-{arch}{'-sanitized' if sanitize else ''}"
