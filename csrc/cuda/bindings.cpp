@@ -29,8 +29,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of perceiver_kernels; call them through perceiver_kernels.ops.";
 #if defined(EMULATED_ARCH)
   module.attr("emulated") = true;  // the tests' build of the same sources for the host
+  module.attr("archs") = std::to_string(EMULATED_ARCH / 10);
 #else
   module.attr("emulated") = false;
+  module.attr("archs") = PERCEIVER_KERNELS_CUDA_ARCHS;  // as setup.py was asked for them: "80;90a;100"
 #endif
 
   module.def("fourier_encode_grid", [](const py::handle& tables, const std::vector<int64_t>& sections,
