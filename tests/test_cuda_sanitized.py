@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host under the address and undefined-behaviour sanitizers, and in shuffled orders."""
+"""The CUDA kernels on the host: in shuffled orders, and under the address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -16,50 +16,93 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.ops.absorbed_attention import absorbed_attention
+from perceiver_kernels.ops.feed_forward import feed_forward
+from perceiver_kernels.ops.linear import linear
+from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or cuda_emulation.compiler() is None, reason="kernels are emulated by g++ without a GPU"
 )
 
-# Tests of an op in the emulation that reach all of its kernels in seconds; an op's own file has the rest.
-SELECTED = {
-    "test_fourier_encode.py": "cuda and (test_out or far or many or (dtypes_and_counts and 15)) and not machine",
-    "test_encodings.py": "cuda and (alignment or given_memory or many_inputs)",
-}
+# By op: a call in several blocks, with everything that it can do, from random inputs to outputs.
+Op = Callable[[], list[Tensor]]
+CALLS: dict[str, Op] = {}
 
 
-@pytest.mark.skipif("not cuda_emulation.sanitizer_libraries()", reason="the compiler has no sanitizers")
-@pytest.mark.parametrize("file", SELECTED)
-def test_sanitizers_find_nothing(file: str) -> None:
-    environment = {**os.environ, **cuda_emulation.sanitizer_environment(), "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / file)]
-    done = subprocess.run(
-        [*command, "-k", SELECTED[file]], env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-# Calls that run every kind of kernel of an op in several blocks; each gives all that it wrote.
-CALLS: dict[str, Callable[[], list[Tensor]]] = {}
-
-
-def call(function: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    CALLS[function.__name__] = function
+def call(function: Op) -> Op:
+    CALLS[function.__name__.removeprefix("run_")] = function
     return function
 
 
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape).requires_grad_()
+
+
 @call
-def fourier_encode() -> list[Tensor]:
+def run_fourier_encode() -> list[Tensor]:
     points = torch.randn(300, 3)
-    grid, data = FourierGrid((5, 40), 7, 9.0), torch.randn(9, 200, 3)
+    points[7, 1] = 1e7
+    grid, data = FourierGrid((5, 40), 7, 9.0), leaf(9, 200, 3)
     return [
         pk.fourier_encode(points, 9, 20.0),
-        pk.fourier_encode(points, 9, 20.0, dtype=torch.bfloat16, order="grouped"),
+        pk.fourier_encode(points[:, :2], 9, 20.0, dtype=torch.bfloat16, order="grouped"),
         grid.encode(data=data[:2]),
         grid.encode(data=data),
+        grid.encode(data=data.detach().half()[:, ::2].repeat(1, 2, 1)),
     ]
+
+
+@call
+def run_separable_attention() -> list[Tensor]:
+    tables, r = [leaf(1, 17, 7), leaf(1, 17, 40)], leaf(2, 280)
+    options = {"mask": torch.rand(2, 280) < 0.9, "dropout_p": 0.2, "seed": 3}
+    state = pk.separable_attention(leaf(1, 17, 3), tables, leaf(2, 280, 3), r, **options)
+    return [state.acc, *state.marginals, state.lse]
+
+
+@call
+def run_separable_query_attention() -> list[Tensor]:
+    tables, v = [leaf(2, 2, 18, 11), leaf(2, 2, 18, 3)], leaf(2, 2, 18, 5)
+    return [pk.separable_query_attention(tables, v, mask=torch.rand(2, 18) < 0.9, dropout_p=0.2, seed=3)]
+
+
+@call
+def run_separable_layer_norm() -> list[Tensor]:
+    sums, squares = [torch.randn(7), torch.randn(30)], [torch.rand(7) + 1, torch.rand(30) + 1]
+    return [separable_layer_norm(torch.randn(2, 7, 30, 3), sums, squares, feature_channels=8)]
+
+
+@call
+def run_latent_attention() -> list[Tensor]:
+    q, k, v = leaf(2, 3, 33, 24), leaf(2, 3, 70, 24), leaf(2, 3, 70, 20)
+    return [pk.latent_attention(q, k, v, dropout_p=0.2, seed=3)]
+
+
+@call
+def run_cross_attention() -> list[Tensor]:
+    q, k, v = leaf(2, 1, 9, 33), leaf(2, 1, 200, 33), leaf(2, 1, 200, 17)
+    return [pk.cross_attention(q, k, v, mask=torch.rand(2, 200) < 0.9, dropout_p=0.2, seed=3)]
+
+
+@call
+def run_absorbed_attention() -> list[Tensor]:
+    return list(
+        absorbed_attention(leaf(2, 9, 21), leaf(2, 150, 21), mask=torch.rand(2, 150) < 0.9, dropout_p=0.2, seed=3)
+    )
+
+
+@call
+def run_linear() -> list[Tensor]:
+    return [linear(leaf(70, 24), leaf(40, 24), leaf(40), activation="gelu", residual=leaf(70, 40))]
+
+
+@call
+def run_feed_forward() -> list[Tensor]:
+    weights = (leaf(24), leaf(24), leaf(64, 24), leaf(64), leaf(24, 32), leaf(24))
+    return [feed_forward(leaf(70, 24), *weights, residual=leaf(70, 24))]
 
 
 @pytest.fixture
@@ -68,18 +111,62 @@ def plain_order() -> Iterator[None]:
     cuda_emulation.shuffle(0)
 
 
-def test_every_op_has_a_call() -> None:
-    ops = {entry.op for entry in dispatch.declarations() if entry.backend == "cuda"}
-    assert ops == set(CALLS)
+def results(op: str, backend: str) -> list[Tensor]:
+    """Outputs of the op's call, and their gradients in all leaves: random numbers are the same each time."""
+    torch.manual_seed(0)
+    with pk.use_backend(backend):
+        outputs = CALLS[op]()
+        graded = [out for out in outputs if out.requires_grad and out.dtype.is_floating_point]
+        leaves = list(dict.fromkeys(leaf for out in graded for leaf in leaves_of(out)))
+        upstream = [torch.randn_like(out) for out in graded]
+        return [*outputs, *(torch.autograd.grad(graded, leaves, upstream, allow_unused=True) if graded else ())]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_any_order_gives_the_same_bits(name: str, plain_order: None) -> None:
-    results = []
-    for seed in (0, 1, 2, 3):
-        torch.manual_seed(0)
+def leaves_of(out: Tensor) -> list[Tensor]:
+    """The tensors that an output was computed from."""
+    found, seen, ahead = [], set(), [out.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if hasattr(node, "variable") else []
+        ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+def ops_in_cuda() -> list[str]:
+    return [entry.op for entry in dispatch.declarations() if entry.backend == "cuda"]
+
+
+@pytest.mark.parametrize("op", sorted({entry.op for entry in dispatch.declarations()}))
+def test_every_op_has_a_call(op: str) -> None:
+    assert all(result.isfinite().all() for result in results(op, "reference"))
+
+
+@pytest.mark.parametrize("op", ops_in_cuda())
+def test_any_order_gives_the_same_bits(op: str, plain_order: None) -> None:
+    of_order = []
+    for seed in (0, 1, 2):
         cuda_emulation.shuffle(seed)
-        with pk.use_backend("cuda"):
-            results.append(CALLS[name]())
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        of_order.append(results(op, "cuda"))
+    for others in of_order[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(of_order[0], others, strict=True))
+
+
+@pytest.mark.skipif("not cuda_emulation.sanitizer_libraries()", reason="the compiler has no sanitizers")
+@pytest.mark.parametrize(
+    "selected",
+    [
+        [HERE.name, "-k", "any_order"],
+        ["test_fourier_encode.py", "-k", "cuda and (test_out or far or (dtypes_and_counts and 15))"],
+        ["test_encodings.py", "-k", "cuda and (alignment or given_memory)"],
+    ],
+    ids=lambda selected: selected[0],
+)
+def test_sanitizers_find_nothing(selected: list[str]) -> None:
+    """In all kernels, and over the odd shapes of those whose memory has the most forms."""
+    environment = {**os.environ, **cuda_emulation.sanitizer_environment(), "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *selected]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
