@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,8 +58,9 @@ FLAGS = [
 ]
 
 # GPUs that get machine code, as nvcc names them, the last one also code that newer GPUs compile for themselves.
-# PERCEIVER_KERNELS_CUDA_ARCHS="80;86" replaces the list.
+# PERCEIVER_KERNELS_CUDA_ARCHS="86;89;120" replaces the list.
 CUDA_ARCHS = "80;90a;100"
+LEAST_ARCH = 80
 
 CUDA_FLAGS = [
     "-std=c++17",
@@ -163,8 +165,19 @@ def cpu_ninja_file(target: Path) -> str:
     return "\n".join(lines)
 
 
+def cuda_archs() -> list[str]:
+    asked = os.environ.get("PERCEIVER_KERNELS_CUDA_ARCHS") or CUDA_ARCHS
+    archs = [arch.strip() for arch in asked.replace(",", ";").split(";")]
+    if all(re.fullmatch(r"\d{2,3}[af]?", arch) and int(arch.rstrip("af")) >= LEAST_ARCH for arch in archs):
+        return archs
+    raise SystemExit(
+        f"PERCEIVER_KERNELS_CUDA_ARCHS is {asked!r}, must be architectures as nvcc names them, {LEAST_ARCH} or newer, "
+        f"with ; between them: {CUDA_ARCHS!r}"
+    )
+
+
 def gencode_flags() -> list[str]:
-    archs = os.environ.get("PERCEIVER_KERNELS_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+    archs = cuda_archs()
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -184,7 +197,8 @@ def cuda_ninja_file(target: Path, nvcc: str) -> str:
         "  description = link $out",
     ]
     objects = ["bindings.o"]
-    lines.append(f"build bindings.o: compile {escaped((CUDA / 'bindings.cpp').resolve())}")
+    archs = shlex.quote(f'-DPERCEIVER_KERNELS_CUDA_ARCHS="{";".join(cuda_archs())}"')
+    lines += [f"build bindings.o: compile {escaped((CUDA / 'bindings.cpp').resolve())}", f"  extra = {archs}"]
     for source in sorted(CUDA.glob("*.cu")):
         objects.append(f"{source.stem}.cu.o")
         lines.append(f"build {objects[-1]}: compile_cuda {escaped(source.resolve())}")
@@ -193,6 +207,9 @@ def cuda_ninja_file(target: Path, nvcc: str) -> str:
 
 
 setup(
-    ext_modules=[Extension("perceiver_kernels._cpu", sources=[]), Extension("perceiver_kernels._cuda", sources=[])],
+    ext_modules=[
+        Extension("perceiver_kernels._cpu", sources=[]),
+        Extension("perceiver_kernels._cuda", sources=[], optional=True),  # an install in place then does without it
+    ],
     cmdclass={"build_ext": BuildWithNinja},
 )

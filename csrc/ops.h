@@ -123,6 +123,9 @@ using Stream = void*;
 namespace cuda {
 
 Status fourier_encode_grid(const FourierTables&, const TensorView& data, const TensorView& out, Stream);
+// frequencies [2, A * K]: 2 f in float32 and what rounding it left over, in place of the bands' list; largest |f|.
+Status fourier_encode_points(const FourierBands&, const TensorView& frequencies, double largest,
+                             const TensorView& positions, const TensorView& out, Stream);
 
 }  // namespace cuda
 

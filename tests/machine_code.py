@@ -107,12 +107,21 @@ def cuda_module() -> Path | None:
 
 def built(kernel: str, arch: str) -> Figures:
     """Figures of the one kernel in perceiver_kernels._cuda whose mangled name contains `kernel`, for sm_<arch>."""
-    found = {name: code for name, code in _module_code(arch).items() if kernel in name}
-    assert len(found) == 1, f"{kernel!r} is in {sorted(found)}"
-    name, (assembly, usage) = found.popitem()
+    assembly, usage = _code_of(kernel, arch)
     registers, shared = re.search(r"REG:(\d+)", usage), re.search(r"SHARED:(\d+)", usage)
     assert registers and shared, usage
     return _read_figures(assembly, int(registers.group(1)), int(shared.group(1)))
+
+
+def built_loops(kernel: str, arch: str) -> list[list[str]]:
+    """The operations of each innermost loop of that kernel."""
+    return innermost_loops(*read(_code_of(kernel, arch)[0]))
+
+
+def _code_of(kernel: str, arch: str) -> tuple[str, str]:
+    found = {name: code for name, code in _module_code(arch).items() if kernel in name}
+    assert len(found) == 1, f"{kernel!r} is in {sorted(found)}"
+    return found.popitem()[1]
 
 
 @functools.cache
@@ -128,7 +137,9 @@ def _module_code(arch: str) -> dict[str, tuple[str, str]]:
             for section in disassembled(cubin.read_bytes()).split("\t.section\t.text.")[1:]:
                 name, _, body = section.partition(",")
                 code[name] = body.partition("\t.section\t")[0]
-            listed = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
+            listed = subprocess.run(
+                [_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True
+            )
             usage |= re.findall(r"Function (\S+):\s+(REG:.*)", listed.stdout)
     return {name: (body, usage[name]) for name, body in code.items()}
 
@@ -187,14 +198,19 @@ def read(assembly: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 def busiest_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[str]:
     """The operations of the innermost loop with the most exponentials, else with the most instructions."""
+    bodies = innermost_loops(instructions, labels)
+    return max(bodies, key=lambda body: (count(body, "MUFU.EX2"), len(body)), default=[])
+
+
+def innermost_loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[list[str]]:
+    """The operations of each."""
     loops = []
     for at, (operation, operands) in enumerate(instructions):
         target = re.search(r"(\.L_x_\d+)", operands)
         if operation.startswith("BRA") and target and labels.get(target.group(1), at + 1) <= at:
             loops.append((labels[target.group(1)], at + 1))
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [[operation for operation, _ in instructions[start:end]] for start, end in innermost]
-    return max(bodies, key=lambda body: (count(body, "MUFU.EX2"), len(body)), default=[])
+    return [[operation for operation, _ in instructions[start:end] if operation != "NOP"] for start, end in innermost]
 
 
 def count(operations: list[str], prefix: str) -> int:
@@ -211,7 +227,7 @@ def measured(build: Build) -> Figures:
 def _read_figures(assembly: str, registers: int, shared: int) -> Figures:
     instructions, labels = read(assembly)
     operations = [operation for operation, _ in instructions]
-    loop = [operation for operation in busiest_loop(instructions, labels) if operation != "NOP"]
+    loop = busiest_loop(instructions, labels)
     return Figures(
         registers=registers,
         shared=shared,
@@ -228,7 +244,9 @@ def _registers(cubin: bytes, name: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+)", usage)
     assert found, usage
     return int(found.group(1))

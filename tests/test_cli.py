@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from perceiver_kernels.backends.cuda import runtime as cuda
 from perceiver_kernels.benchmarking import bars, compare, encoder_bars, measure, providers
 from perceiver_kernels.benchmarking.cases import CASES, MODES, Case
 from perceiver_kernels.benchmarking.plain import ExactCrossAttention, ExpertCrossAttention
@@ -80,6 +82,21 @@ def test_env(capsys):
     assert main(["env"]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in report and "separable_attention" in report
+
+
+def test_env_tells_of_the_cuda_module(monkeypatch):
+    def facts():
+        return "\n".join(env.report()).partition("compiled CUDA extension")[2].partition("\n\n")[0]
+
+    module = types.SimpleNamespace(__file__="_cuda.so", archs="80;90a", emulated=False)
+    monkeypatch.setattr(cuda, "module", lambda: module)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert all(fact in facts() for fact in ("_cuda.so", "compute capabilities 80, 90a", "on GPUs"))
+    module.emulated = True
+    assert "emulated on the CPU, for tests" in facts()
+    monkeypatch.setattr(cuda, "unavailable", lambda: "the CUDA module is not built: there was no nvcc")
+    monkeypatch.setattr(cuda, "module", lambda: 1 / 0)
+    assert "there was no nvcc" in facts() and "division by zero" in facts()
 
 
 def test_env_reports_a_missing_extension(monkeypatch, capsys):

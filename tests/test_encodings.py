@@ -211,6 +211,19 @@ def test_every_alignment(backend: str, shape: tuple[int, ...], channels: int, dt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, shape", [(8, (3, 4)), (19, (2, 5)), (33, (1,)), (2, (3, 700)), (1, (2, 2, 1, 90))])
+def test_many_inputs_and_long_axes(backend: str, batch: int, shape: tuple[int, ...]) -> None:
+    """Shapes that are split over inputs or along the last axis."""
+    grid, device = FourierGrid(shape, 2, 9.0), device_of(backend)
+    data = torch.randn(2, *shape, batch, device=device).movedim((0, -1), (-1, 0))
+    for dtype in (torch.float32, torch.bfloat16):
+        with use_backend("reference"):
+            expected = grid.encode(data=data.to(dtype))
+        with use_backend(backend):
+            assert torch.equal(grid.encode(data=data.to(dtype)), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_data_gradients(backend: str) -> None:
     grid = FourierGrid((2, 3), 2, 8.0)
     data = torch.randn(2, 2, 3, 2, device=device_of(backend), requires_grad=True)

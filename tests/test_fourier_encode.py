@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import Build, figures, needs_triton
+from machine_code import Build, built, built_loops, cuda_module, figures, needs_triton
 from numerics import assert_no_worse, error
 from shapes import available_backends, device_of, dtypes_of
 from torch import Tensor
@@ -299,21 +299,46 @@ def test_module() -> None:
 
 
 def test_explain_names_the_backend() -> None:
-    on_cpu = next(backend for backend in BACKENDS if backend != "triton")
+    on_cpu = next(backend for backend in BACKENDS if backend not in ("cuda", "triton"))
     assert f"{on_cpu}: runs this call" in explain(torch.zeros(3, 2), 4, 9.0)
 
 
-def test_forced_backend_that_cannot_run() -> None:
-    with use_backend("cuda"), pytest.raises(BackendError, match="cuda: no, it has no fourier_encode"):
-        fourier_encode(torch.zeros(3, 2), 4, 9.0)
-
-
-@needs_triton
-def test_triton_does_not_take_float64() -> None:
-    positions = random_positions(3, 2, backend="triton")
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend not in WITH_FLOAT64])
+def test_kernels_for_gpus_do_not_take_float64(backend: str) -> None:
+    positions = random_positions(3, 2, backend=backend)
     message = "compute dtype is float64, must be float32 or bfloat16 or float16; data dtype is float64"
-    with use_backend("triton"), pytest.raises(BackendError, match=message):
+    with use_backend(backend), pytest.raises(BackendError, match=message):
         fourier_encode(positions, 4, 9.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e9])
+def test_far_positions(backend: str, far: float) -> None:
+    """Angles are reduced before they are rounded; a position's features do not depend on its neighbours."""
+    positions = random_positions(20, 1, dtype=widest(backend), backend=backend)
+    with use_backend(backend):
+        near = fourier_encode(positions, 3, 8.0)
+        positions[::2] *= far
+        encoded = fourier_encode(positions, 3, 8.0)
+    truth = explicit_formula(positions, frequencies_of("linear", 3, [8.0]), "per_axis", True, False)
+    waves = slice(0, 6)
+    assert error(encoded[:, waves].cpu(), truth[:, waves]) <= 8e-8 + 2**-24 + 4 * far * 2**-46
+    assert torch.equal(encoded[1::2], near[1::2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_bands, axes, order", [(300, 1, "per_axis"), (1, 6, "grouped"), (2500, 2, "grouped")])
+def test_many_features_of_strided_positions(backend: str, num_bands: int, axes: int, order: str) -> None:
+    """Rows that fit into a block's memory or do not, aligned to 16 bytes or not, with gaps or without."""
+    positions = random_positions(axes, 9, dtype=torch.float32, backend=backend).t()
+    truth = explicit_formula(positions, frequencies_of("linear", num_bands, [20.0] * axes), order, True, False)
+    width = truth.shape[-1]
+    memory = torch.empty(9, width + 3, device=positions.device)
+    outs = [memory.view(-1)[: 9 * width].view(9, width), memory.view(-1)[1 : 9 * width + 1].view(9, width)]
+    for out in (*outs, memory[:, 2:-1]):
+        with use_backend(backend):
+            fourier_encode(positions, num_bands, 20.0, order=order, out=out)
+        assert_rounded_once(out, truth, "triton")
 
 
 @needs_triton
@@ -355,6 +380,39 @@ def test_machine_code_of_points(kind: str, arch: int) -> None:
     assert not [name for name in found.operations if name in ("MUFU.SIN", "MUFU.COS")]
     pairs_of_a_thread = 2
     assert found.loop / pairs_of_a_thread <= 56, "instructions per pair of sine and cosine"
+
+
+NO_NVCC = pytest.mark.skipif(cuda_module() is None, reason="the CUDA module is not built")
+
+
+@NO_NVCC
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("form, store, most", [("IjLi4E", "STG.E.128", 8), ("ItLi8E", "STG.E.128", 7),
+                                               ("IjLi1E", "STG.E", 16), ("ItLi1E", "STG.E.U16", 16)])  # fmt: skip
+def test_cuda_machine_code_of_grids(form: str, store: str, most: float, arch: str) -> None:
+    """Nothing but loads, stores and steps in the loop; no division anywhere."""
+    kernel = f"fourier_encode_grid_kernel{form}"
+    found = built(kernel, arch)
+    assert found.spills == 0 and found.registers <= 64
+    assert not [name for name in found.operations if name.startswith(("MUFU", "I2F", "CALL"))]
+    assert {name for name in found.operations if name.startswith("STG")} == {store}
+    words = int(form[4])
+    loop = max(built_loops(kernel, arch), key=lambda loop: sum(name.startswith("LDG") for name in loop))
+    assert sum(name.startswith("LDG") for name in loop) == words
+    assert len(loop) / words <= most, "instructions per element"
+
+
+@NO_NVCC
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("kind", ["f", "NS_8BFloat16E", "NS_7Float16E"])
+def test_cuda_machine_code_of_points(kind: str, arch: str) -> None:
+    """Both waves of a pair in some forty instructions, so that memory is the limit; float64 for far positions alone."""
+    kernel = f"fourier_encode_points_kernelI{kind}Lb1E"
+    found = built(kernel, arch)
+    assert found.spills == 0 and found.registers <= 32
+    assert found.operations["STG.E.128"] >= 4
+    (loop,) = (a for a in built_loops(kernel, arch) if "LDS" in a and not any(name.startswith("D") for name in a))
+    assert len(loop) / loop.count("LDS") <= 38, "instructions per pair of sine and cosine"
 
 
 POSITIONS = torch.zeros(5, 2)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.benchmarking import gpu_bars, gpu_cases, gpu_check, gpu_tests, measure
+from perceiver_kernels.benchmarking import gpu_bars, gpu_cases, gpu_check, gpu_stages, gpu_tests, measure
 from perceiver_kernels.benchmarking.interpreted import interpreted
 
 pytest.importorskip("triton")
@@ -62,6 +63,9 @@ def test_everything_runs_through(tmp_path: Path) -> None:
     assert all(record["results"]["forward"]["ours"]["per_second"] for record in stages["operators"]["records"])
     assert [record["caches"] for record in stages["first-calls"]["records"]] == ["cold", "warm"]
 
+    (sanitizers,) = stages["sanitizers"]["records"]
+    assert sanitizers == {"left out": "needs a GPU"}
+
     assert len(report["bars"]) == 8
     for bar in report["bars"]:
         assert bar["value"] is None and bar["verdict"] == "not measured" and "no measurement" in bar["note"]
@@ -85,6 +89,44 @@ def test_a_stage_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "child_environment", lambda options: 1 / 0)
     stage, text = gpu_check.staged("encoder", 1.0, OPTIONS, {"stages": {}})
     assert stage["status"] == "failed: ZeroDivisionError: division by zero" and stage["records"] == [] and text == ""
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_sanitizers_say_what_they_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int) -> None:
+    """A script stands in for the tool: it writes the log that is asked for."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"""#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = --log-file ] && echo "========= ERROR SUMMARY: {status} errors" > "$2"; shift; done
+exit {status}
+""")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    options = gpu_check.Options(Path(), 10.0, tiny=False, compiled=False, stages=("sanitizers",))
+    stage, text = gpu_check.staged("sanitizers", 20.0, options, {"stages": {}})
+    assert [record["tool"] for record in stage["records"]] == ["memcheck", "racecheck"]
+    assert all(record["said"] == f"========= ERROR SUMMARY: {status} errors" for record in stage["records"])
+    assert gpu_check.sanitizers_failed({"stages": {"sanitizers": stage}}) == bool(status) and "racecheck" in text
+
+
+def test_each_backend_is_timed_where_several_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        types.SimpleNamespace(backend=name, devices=("cuda",), unavailable=lambda: None) for name in ("cuda", "triton")
+    ]
+    entries.append(types.SimpleNamespace(backend="native", devices=("cpu",), unavailable=lambda: None))
+    monkeypatch.setattr(dispatch, "declarations", lambda op: entries)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen: list[str] = []
+
+    def build() -> measure.Call:
+        return lambda: seen.append(dispatch.current_backend())
+
+    calls = [("forward", "copy", build), ("forward", "ours, free positions", build)]
+    timed = list(gpu_stages.by_each_backend("fourier_encode", lambda: iter(calls)))
+    names = ["copy", "ours, free positions", "ours-cuda, free positions", "ours-triton, free positions"]
+    assert [name for _, name, _ in timed] == names
+    for _, _, made in timed:
+        made()()
+    assert seen == ["auto", "auto", "cuda", "triton"]
 
 
 @pytest.mark.parametrize(

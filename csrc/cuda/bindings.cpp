@@ -20,8 +20,7 @@ void run(const Call& call) {
     const py::gil_scoped_release unlocked;
     status = call();
   }
-  if (status.code != 0)
-    throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
+  if (status.code != 0) throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
 }
 
 }  // namespace
@@ -30,8 +29,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA kernels of perceiver_kernels; call them through perceiver_kernels.ops.";
 #if defined(EMULATED_ARCH)
   module.attr("emulated") = true;  // the tests' build of the same sources for the host
+  module.attr("archs") = std::to_string(EMULATED_ARCH / 10);
 #else
   module.attr("emulated") = false;
+  module.attr("archs") = PERCEIVER_KERNELS_CUDA_ARCHS;  // as setup.py was asked for them: "80;90a;100"
 #endif
 
   module.def("fourier_encode_grid", [](const py::handle& tables, const std::vector<int64_t>& sections,
@@ -40,4 +41,14 @@ PYBIND11_MODULE(_cuda, module) {
     const auto data_view = view(data), out_view = view(out);
     run([&] { return pk::cuda::fourier_encode_grid(features, data_view, out_view, stream_at(stream)); });
   });
+  module.def("fourier_encode_points",
+             [](const py::handle& frequencies, double largest, bool grouped, bool concat_pos, bool sine_only,
+                const py::handle& positions, const py::handle& out, uintptr_t stream) {
+               const pk::FourierBands bands{{}, grouped, concat_pos, sine_only};
+               const auto frequencies_view = view(frequencies), positions_view = view(positions), out_view = view(out);
+               run([&] {
+                 return pk::cuda::fourier_encode_points(bands, frequencies_view, largest, positions_view, out_view,
+                                                        stream_at(stream));
+               });
+             });
 }

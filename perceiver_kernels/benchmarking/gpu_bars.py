@@ -89,7 +89,7 @@ def attention(operators: Sequence[Record]) -> Iterator[Bar]:
         for record in records:
             entries = record["results"].get(direction, {})
             known = [(entry["times_ours"], name) for name, entry in entries.items() if entry.get("times_ours")]
-            peers = [(ratio, name) for ratio, name in known if name != "ours"]
+            peers = [(ratio, name) for ratio, name in known if name.startswith("SDPA")]
             if peers:
                 ratio, name = min(peers)
                 ratios.append(

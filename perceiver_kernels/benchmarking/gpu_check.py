@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 480.0
 PACKAGES = ("triton", "numpy", "perceiver-pytorch", "transformers", "pytest", "pytest-xdist", "hypothesis")
 # Of the time that is left, what share each stage may have, later stages taking what earlier ones left over.
-SHARES = {"roofline": 4, "tests": 20, "operators": 14, "encoder": 28, "models": 28, "first-calls": 8}
+SHARES = {"roofline": 4, "tests": 20, "operators": 14, "encoder": 28, "models": 28, "first-calls": 8, "sanitizers": 8}
 # Of its time, what a stage uses to start comparisons; the rest is for the one under way.
 STARTING = 0.7
 
@@ -63,7 +64,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the check and writes the report; 1 where a bar is missed or a test fails, and --strict was given."""
+    """Runs the check and writes the report; 1 where a bar, a test or a sanitizer fails, and --strict was given."""
     parser = argparse.ArgumentParser(
         prog="gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tiny = given.tiny or not torch.cuda.is_available()
     options = Options(given.out, given.budget, tiny, not (tiny or given.no_compile), tuple(given.stages))
     report = check(options)
-    failed = any(bar["verdict"] == bars.VERDICTS[False] for bar in report["bars"]) or tests_failed(report)
+    missed = any(bar["verdict"] == bars.VERDICTS[False] for bar in report["bars"])
+    failed = missed or tests_failed(report) or sanitizers_failed(report)
     return 1 if given.strict and failed else 0
 
 
@@ -149,6 +151,11 @@ def tests_failed(report: dict[str, Any]) -> bool:
     return any(record["failed"] or record["error"] for record in records)
 
 
+def sanitizers_failed(report: dict[str, Any]) -> bool:
+    records = report["stages"].get("sanitizers", {}).get("records", [])
+    return any(record.get("ended", "done").startswith("exit") for record in records)
+
+
 def for_reader(bar: bars.Bar, tiny: bool) -> bars.Bar:
     """In the interpreter no bar has a value: what was computed is a note."""
     if not tiny:
@@ -164,7 +171,8 @@ def for_reader(bar: bars.Bar, tiny: bool) -> bars.Bar:
 def staged(name: str, seconds: float, options: Options, report: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A stage's status, seconds and records, and its tables; whatever went wrong is its status."""
     start = time.time()
-    run = {"tests": tests, "first-calls": first_calls}.get(name, partial(timing, name))
+    others = {"tests": tests, "first-calls": first_calls, "sanitizers": sanitizers}
+    run = others.get(name, partial(timing, name))
     with tempfile.TemporaryDirectory() as folder:
         try:
             status, records, text = run(Path(folder), seconds, options, report)
@@ -231,6 +239,35 @@ def first_calls(folder: Path, seconds: float, options: Options, report: dict[str
         records.append({"caches": which, "seconds": took})
         rows += [[f"{which}: {what}", tables.seconds(value)] for what, value in took.items()]
     text = tables.markdown(("kernels on disk", "seconds"), rows)
+    print(text, flush=True)
+    return "done", records, text
+
+
+def sanitizers(folder: Path, seconds: float, options: Options, report: dict[str, Any]) -> Stage:
+    """compute-sanitizer over a call of every op's CUDA kernels: wrong accesses, and races in shared memory."""
+    tool = shutil.which("compute-sanitizer")
+    missing = "needs a GPU" if options.tiny else None if tool else "compute-sanitizer is not on the PATH"
+    if missing or not tool:
+        return "done", [{"left out": missing}], f"left out: {missing}"
+    records: list[dict[str, Any]] = []
+    for kind in ("memcheck", "racecheck"):
+        log = folder / f"{kind}.log"
+        command = [
+            tool,
+            "--tool",
+            kind,
+            "--kernel-name",
+            "kns=_kernel",
+            "--error-exitcode",
+            "9",
+            "--log-file",
+            str(log),
+        ]
+        variables = gpu_tests.environment(folder / "sanitized.jsonl", options.tiny)
+        ended, _ = finished([*command, *gpu_tests.sanitized_command()], variables, seconds / 2)
+        said = log.read_text()[-LOG:] if log.exists() else ""
+        records.append({"tool": kind, "ended": ended, "said": last_line(said), "log": "" if ended == "done" else said})
+    text = tables.markdown(("tool", "ended", "said"), [[r["tool"], r["ended"], r["said"]] for r in records])
     print(text, flush=True)
     return "done", records, text
 

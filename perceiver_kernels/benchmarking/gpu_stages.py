@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import perceiver_kernels as pk
+from perceiver_kernels import dispatch
 from perceiver_kernels.benchmarking import compare, encoder_bars, gpu_cases, gpu_providers, models, tables
 from perceiver_kernels.benchmarking.cases import Case
 from perceiver_kernels.benchmarking.compare import Effort, GraphedCall, Result
@@ -152,24 +153,45 @@ def operators(setting: Setting) -> Iterator[tuple[Record, str]]:
     plan = setting.plan
     for case, dtype in itertools.product(plan.kernel, plan.dtypes):
         about = {"op": "separable_attention", "batch": case.batch, "dtype": name_of(dtype)}
-        calls = partial(separable_calls, case, dtype, setting.device)
+        calls = partial(by_each_backend, "separable_attention", partial(separable_calls, case, dtype, setting.device))
         yield attempt(partial(timed, calls, {"forward": case.pairs, "backward": case.pairs}), about, setting)
     for shape in plan.attention:
         about = {"op": "latent_attention", **dataclasses.asdict(shape), "dtype": name_of(shape.dtype)}
         products = 2 * shape.batch * shape.heads * shape.latents**2 * shape.head_dim
-        calls = partial(attention_calls, shape, setting.device)
+        calls = partial(by_each_backend, "latent_attention", partial(attention_calls, shape, setting.device))
         yield attempt(partial(timed, calls, {"forward": 2 * products, "backward": 5 * products}), about, setting)
     for dtype in plan.dtypes:
         case = plan.encoding
         about = {"op": "fourier_encode", "batch": case.batch, "dtype": name_of(dtype)}
         written = (case.channels - case.data_channels) * case.batch * case.tokens * dtype.itemsize
-        yield attempt(
-            partial(timed, partial(encoding_calls, case, dtype, setting.device), {"forward": written}), about, setting
-        )
+        calls = partial(by_each_backend, "fourier_encode", partial(encoding_calls, case, dtype, setting.device))
+        yield attempt(partial(timed, calls, {"forward": written}), about, setting)
 
 
 # (direction, provider, how the call is made)
 Calls = Iterator[tuple[str, str, Callable[[], Call]]]
+
+
+def by_each_backend(op: str, calls: Callable[[], Calls]) -> Calls:
+    """The calls, those of ours also by each backend by itself, where several have kernels for this GPU."""
+    entries = [entry for entry in dispatch.declarations(op) if "cuda" in entry.devices and not entry.unavailable()]
+    several = torch.cuda.is_available() and len(entries) > 1
+    for direction, provider, build in calls():
+        yield direction, provider, build
+        for entry in entries if several and provider.startswith("ours") else ():
+            yield direction, provider.replace("ours", f"ours-{entry.backend}", 1), partial(forced, entry.backend, build)
+
+
+def forced(backend: str, build: Callable[[], Call]) -> Call:
+    """The call by this backend or not at all."""
+    with pk.use_backend(backend):
+        call = build()
+
+    def run() -> None:
+        with pk.use_backend(backend):
+            call()
+
+    return run
 
 
 def timed(calls: Callable[[], Calls], work: Mapping[str, int], setting: Setting) -> tuple[Record, str]:

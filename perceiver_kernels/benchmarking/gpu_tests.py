@@ -17,6 +17,7 @@ RECORD = "PERCEIVER_KERNELS_TEST_RECORD"
 # What runs kernels on a GPU: tests of its backends, and those that need one; not those of this check.
 SELECTED = "(triton or cuda or gpu) and not gpu_check and not gpu_providers"
 SELECTED_TINY = "dropout_is_the_references"
+SANITIZED = "test_cuda_sanitized.py"
 WORKERS = 8
 SHOWN = 20
 
@@ -28,6 +29,11 @@ def command(tiny: bool) -> list[str]:
         options += ["-n", str(WORKERS)]
     selected = [str(TESTS / "test_triton.py"), "-k", SELECTED_TINY] if tiny else [str(TESTS), "-k", SELECTED]
     return [sys.executable, "-m", "pytest", *options, *selected]
+
+
+def sanitized_command() -> list[str]:
+    """pytest's command line for a sanitizer, which slows kernels down: one call of every op that is in CUDA."""
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / SANITIZED), "-k", "any_order"]
 
 
 def environment(record: Path, tiny: bool) -> dict[str, str]:

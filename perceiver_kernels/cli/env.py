@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from perceiver_kernels.backends.cuda import runtime as cuda
 from perceiver_kernels.benchmarking import machine
 
 PEERS = ("perceiver-pytorch", "transformers", "flash-perceiver", "perceiver-io")
@@ -46,6 +47,20 @@ def extension() -> dict[str, Any]:
         "forced": os.environ.get("PERCEIVER_KERNELS_CPU_ISA") or "no (PERCEIVER_KERNELS_CPU_ISA)",
         "threads": machine.probe(lambda: machine.native().threading()),
     }
+
+
+def cuda_extension() -> dict[str, Any]:
+    """The compiled CUDA module."""
+    return {
+        "module": machine.probe(lambda: cuda.module().__file__),
+        "built for": machine.probe(lambda: f"compute capabilities {cuda.module().archs.replace(';', ', ')}"),
+        "runs": machine.probe(lambda: "emulated on the CPU, for tests" if cuda.emulated() else "on GPUs"),
+        "usable": machine.probe(lambda: cuda.unavailable() or gpu_or_none()),
+    }
+
+
+def gpu_or_none() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "yes, but torch sees no GPU"
 
 
 def backends() -> dict[str, Any]:
@@ -87,6 +102,7 @@ def version(package: str) -> str:
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "machine": machine.describe,
     "compiled extension": extension,
+    "compiled CUDA extension": cuda_extension,
     "backends, for float32 on the CPU": backends,
     "peers": packages(PEERS),
     "optional packages": packages(OPTIONAL),

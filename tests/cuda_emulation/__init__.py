@@ -25,12 +25,41 @@ CUDA = ROOT / "csrc" / "cuda"
 ARCH = "PERCEIVER_KERNELS_EMULATED_ARCH"  # 800 or 900
 SANITIZE = "PERCEIVER_KERNELS_EMULATED_SANITIZE"  # 1: with the address and the undefined-behaviour sanitizer
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def sanitizer_libraries() -> list[str]:
+    """The sanitizers' shared libraries, which a process must load first; none where the compiler has none."""
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [str(compiler()), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found += [path] if Path(path).is_absolute() else []
+    return found if len(found) == 2 else []
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a process that loads a sanitized library needs; Python itself leaks."""
+    return {
+        "LD_PRELOAD": ":".join(sanitizer_libraries()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        SANITIZE: "1",
+    }
 
 
 def build(arch: int = 900, sanitize: bool = False) -> Path:

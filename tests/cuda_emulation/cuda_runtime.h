@@ -15,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __CUDA_ARCH__ EMULATED_ARCH
 
@@ -84,6 +85,11 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncthreads() {
   auto& s = emulation::state();
   emulation::meet(emulation::kBlockMeeting, 0, s.block.threads, s.now->index, 0);
+}
+inline int __syncthreads_or(int predicate) {
+  auto& s = emulation::state();
+  const auto all = emulation::meet(emulation::kBlockMeeting, 1, s.block.threads, s.now->index, predicate);
+  return std::any_of(all.begin(), all.end(), [](int one) { return one != 0; });
 }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF) { emulation::meet_lanes(mask, 0); }
 
