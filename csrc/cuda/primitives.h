@@ -29,6 +29,13 @@ __device__ __forceinline__ void async_copy(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
+// The same where there is something to copy, else 16 bytes of zeros: the address is not read.
+__device__ __forceinline__ void async_copy_or_zeros(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all of this thread's groups but the `pending` latest have arrived; other threads still need __syncthreads.
@@ -155,20 +162,28 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 }
 
 // Four 8 x 8 matrices of 16-bit numbers: lanes 8 i to 8 i + 7 give the addresses of the rows (16 bytes) of matrix i. Of
-// each a lane gets row group, columns 2 quarter and + 1, one register a matrix.
-__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
+// each a lane gets row group, columns 2 quarter and + 1, one register a matrix. The row is a shared_address or a pointer.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
+  load_matrices(d, shared_address(row));
+}
+
 // The same of the matrices transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
+  load_matrices_transposed(d, shared_address(row));
 }
 
 }  // namespace cuda

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native, torch_attention
+from perceiver_kernels.backends.cuda import runtime as cuda_runtime
 from perceiver_kernels.backends.reference import latent_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.registration import define, register_pair
@@ -25,6 +26,24 @@ def _triton() -> ModuleType:
     return importlib.import_module("perceiver_kernels.backends.triton.latent_attention")
 
 
+def _cuda() -> ModuleType:
+    return importlib.import_module("perceiver_kernels.backends.cuda.latent_attention")
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "cuda",
+        load=_cuda,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.bfloat16, torch.float16),
+        head_dims=(64, 128),
+        dropout=False,
+        unavailable=cuda_runtime.unavailable,
+        devices_if_forced=cuda_runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
@@ -146,8 +165,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: int | None) 
 
 def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    channels = max(q.shape[3], v.shape[3])
-    return dispatch.Call(OP, q.device.type, compute_dtype, q.dtype, channels=channels, dropout=dropout_p > 0)
+    head_dims = q.shape[3], v.shape[3]
+    return dispatch.Call(
+        OP, q.device.type, compute_dtype, q.dtype,
+        channels=max(head_dims), dropout=dropout_p > 0, head_dims=head_dims,
+    )  # fmt: skip
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, *, measure: bool) -> bool:

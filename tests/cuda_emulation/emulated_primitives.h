@@ -22,10 +22,21 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - emulation::state().block.shared);
 }
 
+inline const unsigned char* shared_pointer(uint32_t address) {
+  const auto& block = emulation::state().block;
+  if (address >= block.shared_bytes) emulation::fail("an address is beyond the block's shared memory");
+  return block.shared + address;
+}
+
 inline void async_copy(void* shared, const void* global) {
   emulation::must_be_aligned(shared, 16, "a copy's target");
   emulation::must_be_aligned(global, 16, "a copy's source");
   emulation::state().now->uncommitted.push_back({shared, global, 16});
+}
+
+inline void async_copy_or_zeros(void* shared, const void* global, bool exists) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  async_copy(shared, exists ? global : zeros);
 }
 
 inline void async_commit() {
@@ -214,7 +225,11 @@ inline void load_matrices(uint32_t (&d)[4], const void* row, bool transposed) {
 }  // namespace emulated
 
 inline void load_matrices(uint32_t (&d)[4], const void* row) { emulated::load_matrices(d, row, false); }
+inline void load_matrices(uint32_t (&d)[4], uint32_t row) { load_matrices(d, shared_pointer(row)); }
 inline void load_matrices_transposed(uint32_t (&d)[4], const void* row) { emulated::load_matrices(d, row, true); }
+inline void load_matrices_transposed(uint32_t (&d)[4], uint32_t row) {
+  load_matrices_transposed(d, shared_pointer(row));
+}
 
 }  // namespace cuda
 }  // namespace pk
