@@ -24,6 +24,8 @@ from shapes import (
     declared,
     device_of,
     dtypes_of,
+    emulated,
+    fitted,
     interpreted,
     latent_shapes,
 )
@@ -37,6 +39,7 @@ from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.ops.latent_attention import OP, latent_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
+DROPOUT = [backend for backend in BACKENDS if declared(OP, backend).dropout]
 DOUBLE = [backend for backend in available_backends(OP) if torch.float64 in dtypes_of(OP, backend)]
 SHAPES = [(backend, shape) for backend in BACKENDS for shape in latent_shapes(backend)]
 NAMES = ("out", "d_q", "d_k", "d_v")
@@ -55,8 +58,19 @@ def make_inputs(shape: LatentShape, *, spread: float = 1.0, seed: int = 0) -> li
 
 
 def wide_dtypes(backend: str) -> list[torch.dtype]:
-    """Of float64 and float32, what the backend takes."""
-    return [dtype for dtype in (torch.float64, torch.float32) if dtype in dtypes_of(OP, backend)]
+    """Of float64 and float32, what the backend takes; else its first dtype."""
+    dtypes = dtypes_of(OP, backend)
+    return [dtype for dtype in (torch.float64, torch.float32) if dtype in dtypes] or dtypes[:1]
+
+
+def single(backend: str) -> torch.dtype:
+    """float32, or the first dtype of a backend without it."""
+    return wide_dtypes(backend)[-1]
+
+
+def dropout_of(backend: str) -> dict[str, Any]:
+    """Options with dropout, where the backend has it."""
+    return {"dropout_p": 0.1, "seed": 1} if declared(OP, backend).dropout else {}
 
 
 def widest(inputs: list[Tensor], backend: str) -> list[Tensor]:
@@ -140,15 +154,16 @@ def test_shape_grid(backend: str, shape: LatentShape, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 2.0])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_scale(backend: str, scale: float) -> None:
-    inputs = make_inputs(LatentShape(1, 2, 17, 37, 8, 8))
-    check_against_reference(inputs, backend, torch.float32, scale=scale)
+    inputs = make_inputs(fitted(LatentShape(1, 2, 17, 37, 8, 8), backend))
+    check_against_reference(inputs, backend, single(backend), scale=scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_worse_than_torch(backend: str) -> None:
     """The bound of the tolerance table with torch's fused attention as the plain path."""
-    shape = LatentShape(1, 1, 70, 256, 64, 64) if interpreted(backend) else LatentShape(1, 4, 512, 512, 64, 64)
-    inputs = [tensor.float() for tensor in make_inputs(shape)]
+    small = interpreted(backend) or emulated(backend)
+    shape = LatentShape(1, 1, 70, 256, 64, 64) if small else LatentShape(1, 4, 512, 512, 64, 64)
+    inputs = [tensor.to(single(backend)) for tensor in make_inputs(shape)]
     truth, actual = run([tensor.double() for tensor in inputs], "reference"), run(inputs, backend)
     q, k, v = (tensor.requires_grad_() for tensor in inputs[:3])
     out = F.scaled_dot_product_attention(q, k, v)
@@ -169,7 +184,7 @@ def test_no_worse_than_torch(backend: str) -> None:
     dropout_p=st.sampled_from([0.0, 0.0, 0.3]),
     seed=st.integers(0, 2**20),
 )
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if not interpreted(backend)])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if not interpreted(b) and not emulated(b)])
 def test_any_shape(
     backend: str,
     batch: int,
@@ -182,8 +197,8 @@ def test_any_shape(
     dropout_p: float,
     seed: int,
 ) -> None:
-    shape = LatentShape(batch, heads, queries, keys, head_dim, head_dim_v)
-    options = {"dropout_p": dropout_p, "seed": seed}
+    shape = fitted(LatentShape(batch, heads, queries, keys, head_dim, head_dim_v), backend)
+    options = {"dropout_p": dropout_p if backend in DROPOUT else 0.0, "seed": seed}
     check_against_reference(make_inputs(shape, spread=spread, seed=seed), backend, wide_dtypes(backend)[0], **options)
 
 
@@ -216,7 +231,7 @@ def expanded(inputs: list[Tensor]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("layout", [packed_projection, channels_strided, misaligned, expanded])
 def test_strides(backend: str, layout: Callable[[list[Tensor]], list[Tensor]], dtype: torch.dtype) -> None:
-    inputs = [tensor.to(dtype) for tensor in make_inputs(LatentShape(2, 3, 37, 37, 24, 24))]
+    inputs = [tensor.to(dtype) for tensor in make_inputs(fitted(LatentShape(2, 3, 37, 37, 24, 24), backend))]
     strided = layout(inputs)
     assert any(not tensor.is_contiguous() for tensor in strided)
     actual, expected = run(strided, backend), run([tensor.contiguous() for tensor in strided], backend)
@@ -227,13 +242,14 @@ def test_strides(backend: str, layout: Callable[[list[Tensor]], list[Tensor]], d
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_results_lie_as_the_projections_read_them(backend: str) -> None:
-    for value in run(widest(make_inputs(LatentShape(2, 3, 5, 7, 4, 6)), backend), backend).values():
+    inputs = make_inputs(fitted(LatentShape(2, 3, 5, 7, 4, 6), backend))
+    for value in run(widest(inputs, backend), backend).values():
         assert value.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
-    inputs = widest(make_inputs(LatentShape(1, 2, 5, 7, 4, 6)), backend)
+    inputs = widest(make_inputs(fitted(LatentShape(1, 2, 5, 7, 4, 6), backend)), backend)
     q, k, v, gradient = (tensor.to(device_of(backend)) for tensor in inputs)
     with pk.use_backend(backend):
         out = latent_attention(q, k.requires_grad_(), v)
@@ -245,7 +261,7 @@ def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_in_the_thousands(backend: str) -> None:
     for spread in (300.0, 1e4):
-        inputs = make_inputs(LatentShape(1, 2, 40, 300, 16, 16), spread=spread)
+        inputs = make_inputs(fitted(LatentShape(1, 2, 40, 300, 16, 16), backend), spread=spread)
         for dtype in wide_dtypes(backend):
             check_against_reference(inputs, backend, dtype, amplification=spread)
 
@@ -253,22 +269,26 @@ def test_scores_in_the_thousands(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_that_grow_and_fall_from_block_to_block(backend: str) -> None:
     """The running maximum moves with every block of keys, or never; a score above all others, first and last."""
-    q, k, v, gradient = make_inputs(LatentShape(1, 1, 5, 700, 1, 8))
+    q, k, v, gradient = make_inputs(fitted(LatentShape(1, 1, 5, 700, 1, 8), backend))
     for keys in (torch.arange(700.0), -torch.arange(700.0), (torch.arange(700.0) == 699) * 900.0):
-        inputs = [torch.full_like(q, 0.7), keys.double().view(k.shape), v, gradient]
-        check_against_reference(inputs, backend, torch.float32, amplification=100.0)
+        # Of several channels the others are 0.
+        inputs = [torch.full_like(q, 0.7), F.pad(keys.double()[:, None], (0, k.shape[3] - 1))[None, None], v, gradient]
+        # In 16 bits the rounding of out, in delta, meets keys of 700.
+        amplification = 100.0 if single(backend) == torch.float32 else 4.0
+        check_against_reference(inputs, backend, single(backend), amplification)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_scores_far_below_zero(backend: str) -> None:
     """What pads the last tile of keys must not count, be it above every true score."""
-    q, k, v, _ = (tensor.float() for tensor in make_inputs(LatentShape(1, 1, 5, 3, 4, 4)))
+    dtype = single(backend)
+    q, k, v, _ = (tensor.to(dtype) for tensor in make_inputs(fitted(LatentShape(1, 1, 5, 3, 4, 4), backend)))
     q, k = torch.full_like(q, -100.0), 100 + k
     with pk.use_backend("reference"):
         truth, plain = latent_attention(q.double(), k.double(), v.double()), latent_attention(q, k, v)
     with pk.use_backend(backend):
         out = latent_attention(*(tensor.to(device_of(backend)) for tensor in (q, k, v)))
-    assert_no_worse(out.cpu(), plain, truth, amplification=2e4)
+    assert_no_worse(out.cpu(), plain, truth, amplification=2e4 if dtype == torch.float32 else 10.0)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -276,7 +296,7 @@ def test_all_scores_far_below_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.75])
 @pytest.mark.parametrize(
-    ("backend", "shape"), [case for b in BACKENDS for case in [c for c in SHAPES if c[0] == b][:8]], ids=str
+    ("backend", "shape"), [case for b in DROPOUT for case in [c for c in SHAPES if c[0] == b][:8]], ids=str
 )
 def test_dropout_is_the_same_on_every_backend(backend: str, shape: LatentShape, dropout_p: float) -> None:
     inputs = make_inputs(shape)
@@ -284,7 +304,7 @@ def test_dropout_is_the_same_on_every_backend(backend: str, shape: LatentShape, 
         check_against_reference(inputs, backend, dtype, dropout_p=dropout_p, seed=2**40 + 7)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *DROPOUT])
 def test_dropout_mask_is_that_of_its_counters(backend: str) -> None:
     """With equal scores and the identity as values, the output is the mask."""
     batch, heads, queries, keys = (2, 2, 40, 70) if interpreted(backend) else (2, 3, 100, 200)
@@ -316,8 +336,9 @@ def test_dropout_draws_from_torch_s_generator() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(2, 2, 40, 70, 8, 8))]
-    first, second = (run(inputs, backend, dropout_p=0.1, seed=1) for _ in range(2))
+    inputs = make_inputs(fitted(LatentShape(2, 2, 40, 70, 8, 8), backend))
+    inputs = [tensor.to(single(backend)) for tensor in inputs]
+    first, second = (run(inputs, backend, **dropout_of(backend)) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -342,7 +363,8 @@ def test_the_number_of_threads_changes_nothing(backend: str, shape: LatentShape)
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_what_depends_on_it_and_nothing_else(backend: str, which: int) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
+    inputs = make_inputs(fitted(LatentShape(1, 2, 30, 140, 8, 8), backend))
+    inputs = [tensor.to(single(backend)) for tensor in inputs]
     inputs[which][0, 0, 17, 3] = math.nan
     actual, expected = run(inputs, backend), run(inputs, "reference")
     for name, value in actual.items():
@@ -354,7 +376,8 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(backend: str, which: in
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_infinite_inputs_do_no_harm_elsewhere(backend: str, which: int, value: float) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 2, 30, 140, 8, 8))]
+    inputs = make_inputs(fitted(LatentShape(1, 2, 30, 140, 8, 8), backend))
+    inputs = [tensor.to(single(backend)) for tensor in inputs]
     inputs[which][0, 0, 17, 3] = value
     actual, expected = run(inputs, backend), run(inputs, "reference")
     assert torch.equal(actual["out"].isfinite().cpu(), expected["out"].isfinite())
@@ -364,7 +387,7 @@ def test_infinite_inputs_do_no_harm_elsewhere(backend: str, which: int, value: f
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> None:
-    inputs = widest(make_inputs(LatentShape(1, 2, 4, 150, 1, 3)), backend)
+    inputs = widest(make_inputs(fitted(LatentShape(1, 2, 4, 150, 1, 3), backend)), backend)
     inputs[0].abs_()
     inputs[1][0, 0] = -math.inf
     out = run(inputs, backend)["out"]
@@ -379,7 +402,7 @@ def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> 
 )
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nothing_in_nothing_out(backend: str, shape: LatentShape) -> None:
-    inputs = widest(make_inputs(shape), backend)
+    inputs = widest(make_inputs(fitted(shape, backend)), backend)
     for value, like in zip(run(inputs, backend).values(), (inputs[3], *inputs[:3]), strict=True):
         assert value.shape == like.shape
         assert (value == 0).all()
@@ -387,7 +410,7 @@ def test_nothing_in_nothing_out(backend: str, shape: LatentShape) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_no_keys_give_zeros(backend: str) -> None:
-    results = run(widest(make_inputs(LatentShape(2, 2, 3, 0, 5, 6)), backend), backend)
+    results = run(widest(make_inputs(fitted(LatentShape(2, 2, 3, 0, 5, 6), backend)), backend), backend)
     assert all((value == 0).all() for value in results.values())
 
 
@@ -418,10 +441,11 @@ def test_every_instruction_set(level: str) -> None:
     ("backend", "dtype"), [(b, dtype) for b in available_backends(OP) for dtype in dtypes_of(OP, b)], ids=str
 )
 def test_opcheck(backend: str, dtype: torch.dtype) -> None:
-    inputs = make_inputs(LatentShape(2, 2, 5, 7, 4, 6))
+    inputs = make_inputs(fitted(LatentShape(2, 2, 5, 7, 4, 6), backend))
     q, k, v, _ = (tensor.to(device_of(backend), dtype).requires_grad_() for tensor in inputs)
+    dropouts = ((None, 0.0), (torch.tensor([3]), 0.5)) if declared(OP, backend).dropout else ((None, 0.0),)
     with pk.use_backend(backend):
-        for random, dropout_p in ((None, 0.0), (torch.tensor([3]), 0.5)):
+        for random, dropout_p in dropouts:
             torch.library.opcheck(
                 torch.ops.perceiver_kernels.latent_attention_fwd.default, (q, k, v, random, 0.5, dropout_p)
             )

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCa
     float tile[8][4];
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
-      multiply_by_rows<T, channels>(tile[j], tile[j + 1], q, k_address + 8 * j * kRowBytes);
+      multiply_by_rows<T, channels>(tile[j], tile[j + 1], q, k_address, 8 * j * kRowBytes);
     if (first + kTileRows > call.keys) {
       __syncwarp();  // a branch, then, and not a selection in every tile
 #pragma unroll
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCa
     for (int j = 0; j < 8; j += 2) {
       uint32_t weights[4];
       pack_operand<T>(weights, tile[j], tile[j + 1]);
-      add_rows<T, channels>(sums, weights, v_address + 8 * j * kRowBytes);
+      add_rows<T, channels>(sums, weights, v_address, 8 * j * kRowBytes);
     }
   }
 
@@ -206,13 +206,13 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_queries_kernel(
     async_wait<0>();
     __syncthreads();
     if (first + kTileRows < call.keys) start(first + kTileRows, stage ^ 1);
-    const uint32_t k_address = channels_then_rows(k_tile(stage)), v_address = channels_then_rows(v_tile(stage));
-    const uint32_t k_rows = rows_then_channels(k_tile(stage));
+    const uint32_t address = channels_then_rows(k_tile(stage)), k_rows = rows_then_channels(k_tile(stage));
 #pragma unroll 1
     for (int slice = 0; slice < kTileRows; slice += 16) {
       float d_scores[2][4], d_weights[2][4];
-      multiply_by_rows<T, channels>(d_scores[0], d_scores[1], q, k_address + slice * kRowBytes);
-      multiply_by_rows<T, channels>(d_weights[0], d_weights[1], d_out, v_address + slice * kRowBytes);
+      multiply_by_rows<T, channels>(d_scores[0], d_scores[1], q, address + slice * kRowBytes, 0);
+      multiply_by_rows<T, channels>(d_weights[0], d_weights[1], d_out, address + slice * kRowBytes,
+                                    kTileBytes<channels>);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         for (int i = 0; i < 4; ++i) {
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_queries_kernel(
       }
       uint32_t operand[4];
       pack_operand<T>(operand, d_scores[0], d_scores[1]);
-      add_rows<T, channels>(d_q, operand, k_rows + slice * kRowBytes);
+      add_rows<T, channels>(d_q, operand, k_rows + slice * kRowBytes, 0);
     }
   }
   __syncthreads();
@@ -244,42 +244,50 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_keys_kernel(Lat
   T* memory = aligned_memory<T>();
   const auto q_tile = [&](int stage) { return memory + 2 * stage * kTile; };
   const auto d_out_tile = [&](int stage) { return memory + (2 * stage + 1) * kTile; };
-  Statistics* all_statistics = reinterpret_cast<Statistics*>(memory + 2 * kStages * kTile);
+  // Registers for all operands there are at 64 channels; at 128 the tile of v stays where it is.
+  constexpr bool kHoldsV = channels == 64;
+  T* v_tile = kHoldsV ? d_out_tile(1) : memory + 2 * kStages * kTile;
+  Statistics* all_statistics = reinterpret_cast<Statistics*>(memory + (2 * kStages + !kHoldsV) * kTile);
   const Place place(call.heads, call.keys);
-  const T* q = call.q.at<const T>(place, 0);
-  const T* d_out = call.d_out.at<const T>(place, 0);
-  const Statistics* statistics = statistics_of(call, place);
   const auto start = [&](int first, int stage) {
-    copy_tile<T, channels>(q_tile(stage), q, call.q.row, first, call.queries);
-    copy_tile<T, channels>(d_out_tile(stage), d_out, call.d_out.row, first, call.queries);
-    const int two = static_cast<int>(threadIdx.x) * 2;
-    if (two < kTileRows) async_copy_or_zeros(all_statistics + stage * kTileRows + two, statistics + first + two, first < call.queries);
+    copy_tile<T, channels>(q_tile(stage), call.q.at<const T>(place, 0), call.q.row, first, call.queries);
+    copy_tile<T, channels>(d_out_tile(stage), call.d_out.at<const T>(place, 0), call.d_out.row, first, call.queries);
+    const int two = static_cast<int>(threadIdx.x) * 2;  // rows that a copy takes along
+    if (two < kTileRows) {
+      async_copy_or_zeros(all_statistics + stage * kTileRows + two, statistics_of(call, place) + first + two,
+                          first < call.queries);
+    }
     async_commit();
   };
 
   copy_tile<T, channels>(q_tile(1), call.k.at<const T>(place, 0), call.k.row, place.first, call.keys);
-  copy_tile<T, channels>(d_out_tile(1), call.v.at<const T>(place, 0), call.v.row, place.first, call.keys);
+  copy_tile<T, channels>(v_tile, call.v.at<const T>(place, 0), call.v.row, place.first, call.keys);
   start(0, 0);
   async_wait<0>();
   __syncthreads();
   Operands<channels> k, v;
   load_operands<channels>(k, q_tile(1));
-  load_operands<channels>(v, d_out_tile(1));
+  if constexpr (kHoldsV) load_operands<channels>(v, v_tile);
 
+  const uint32_t v_address = rows_then_channels(v_tile) + warp_row() * kRowBytes;
   const float score_scale = call.scale * kLog2E;
   Sums<channels> d_k = {}, d_v = {};
   for (int first = 0, stage = 0; first < call.queries; first += kTileRows, stage ^= 1) {
     async_wait<0>();
     __syncthreads();
     if (first + kTileRows < call.queries) start(first + kTileRows, stage ^ 1);
-    const uint32_t q_address = channels_then_rows(q_tile(stage)), d_out_address = channels_then_rows(d_out_tile(stage));
-    const uint32_t q_rows = rows_then_channels(q_tile(stage)), d_out_rows = rows_then_channels(d_out_tile(stage));
+    const uint32_t address = channels_then_rows(q_tile(stage)), q_rows = rows_then_channels(q_tile(stage));
     const Statistics* columns = all_statistics + stage * kTileRows + 2 * quarter();
 #pragma unroll 1
     for (int slice = 0; slice < kTileRows; slice += 16) {
       float weights[2][4], d_scores[2][4];
-      multiply_by_rows<T, channels>(weights[0], weights[1], k, q_address + slice * kRowBytes);
-      multiply_by_rows<T, channels>(d_scores[0], d_scores[1], v, d_out_address + slice * kRowBytes);
+      multiply_by_rows<T, channels>(weights[0], weights[1], k, address + slice * kRowBytes, 0);
+      if constexpr (kHoldsV) {
+        multiply_by_rows<T, channels>(d_scores[0], d_scores[1], v, address + slice * kRowBytes, kTileBytes<channels>);
+      } else {
+        multiply_by_rows<T, channels>(d_scores[0], d_scores[1], v_address, address + slice * kRowBytes,
+                                      kTileBytes<channels>);
+      }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         for (int i = 0; i < 4; ++i) {
@@ -290,9 +298,9 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_keys_kernel(Lat
       }
       uint32_t operand[4];
       pack_operand<T>(operand, weights[0], weights[1]);
-      add_rows<T, channels>(d_v, operand, d_out_rows + slice * kRowBytes);
+      add_rows<T, channels>(d_v, operand, q_rows + slice * kRowBytes, kTileBytes<channels>);
       pack_operand<T>(operand, d_scores[0], d_scores[1]);
-      add_rows<T, channels>(d_k, operand, q_rows + slice * kRowBytes);
+      add_rows<T, channels>(d_k, operand, q_rows + slice * kRowBytes, 0);
     }
   }
   __syncthreads();
@@ -333,7 +341,8 @@ Status backward(const LatentCall& call, const LatentInputs& inputs, Stream strea
       launch_tiles<channels>(latent_attention_bwd_queries_kernel<T, channels>, call, inputs.q, 0, stream);
   if (status.code != 0) return status;
   return launch_tiles<channels>(latent_attention_bwd_keys_kernel<T, channels>, call, inputs.k,
-                                kStages * kTileRows * sizeof(Statistics), stream);
+                                kStages * kTileRows * sizeof(Statistics) + (channels == 64 ? 0 : kTileBytes<channels>),
+                                stream);
 }
 
 }  // namespace

@@ -105,7 +105,9 @@ __device__ __forceinline__ int in_tile(int row, int channel) {
 
 constexpr int kPieceBytes = 16, kRowBytes = 128, kPanelBytes = kTileRows * kRowBytes;
 template <int channels>
-constexpr int kTileSize = kTileRows * channels;  // elements
+constexpr int kTileSize = kTileRows * channels;  // elements, of 16 bits
+template <int channels>
+constexpr int kTileBytes = 2 * kTileSize<channels>;
 
 // From the address of channels 0 to 15 to that of the 16 channels of step k: pieces differ in bits that a tile's address and rows leave 0,
 // so that one XOR leads from step to step.
@@ -159,27 +161,43 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   else mma_half(d, a, b);
 }
 
-// d (16 x 16) = a times the transpose of 16 rows of a tile; address: channels_then_rows.
+// d (16 x 16) = a times the transpose of 16 rows of a tile; address: channels_then_rows, of a tile so many bytes before.
 template <class T, int channels>
 __device__ __forceinline__ void multiply_by_rows(float (&left)[4], float (&right)[4], const Operands<channels>& a,
-                                                 uint32_t address) {
+                                                 uint32_t address, int offset) {
   for (int i = 0; i < 4; ++i) left[i] = right[i] = 0.0f;
 #pragma unroll
   for (int k = 0; k < channels / 16; ++k) {
     uint32_t b[4];
-    load_matrices(b, at_step(address, k));
+    load_matrices(b, at_step(address, k) + offset);
     mma<T>(left, a[k], {b[0], b[1]});
     mma<T>(right, a[k], {b[2], b[3]});
   }
 }
 
-// sums (16 x channels) += a (16 x 16) times 16 rows of a tile; address: rows_then_channels.
+// The same with a still in shared memory, at rows_then_channels.
 template <class T, int channels>
-__device__ __forceinline__ void add_rows(Sums<channels>& sums, const uint32_t (&a)[4], uint32_t address) {
+__device__ __forceinline__ void multiply_by_rows(float (&left)[4], float (&right)[4], uint32_t a_address,
+                                                 uint32_t address, int offset) {
+  for (int i = 0; i < 4; ++i) left[i] = right[i] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < channels / 16; ++k) {
+    uint32_t a[4], b[4];
+    load_matrices(a, at_step(a_address, k));
+    load_matrices(b, at_step(address, k) + offset);
+    mma<T>(left, a, {b[0], b[1]});
+    mma<T>(right, a, {b[2], b[3]});
+  }
+}
+
+// sums (16 x channels) += a (16 x 16) times 16 rows of a tile; address: rows_then_channels, so many bytes before.
+template <class T, int channels>
+__device__ __forceinline__ void add_rows(Sums<channels>& sums, const uint32_t (&a)[4], uint32_t address,
+                                         int offset) {
 #pragma unroll
   for (int k = 0; k < channels / 16; ++k) {
     uint32_t b[4];
-    load_matrices_transposed(b, at_step(address, k));
+    load_matrices_transposed(b, at_step(address, k) + offset);
     mma<T>(sums[k / 4][k % 4 * 2], a, {b[0], b[1]});
     mma<T>(sums[k / 4][k % 4 * 2 + 1], a, {b[2], b[3]});
   }
