@@ -1,5 +1,6 @@
-// latent_attention on a GPU, by tensor cores: tiles of 64 queries meet all keys, tile by tile; in backward tiles of keys
-// meet all queries, too. What a warp computes from a tile stays in its registers, as left operand of the next product.
+// latent_attention on a GPU, by tensor cores: tiles of 64 queries meet all keys, tile by tile; in backward tiles of
+// keys meet all queries, too. What a warp computes from a tile stays in its registers, as left operand of the next
+// product.
 #include "latent_tiles.h"
 
 namespace pk {
@@ -80,7 +81,7 @@ struct Softmax {
 
 // Every query against every key of its head: out and lse.
 template <class T, int channels>
-__global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCall call) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<channels>) latent_attention_fwd_kernel(LatentCall call) {
   constexpr int kTile = kTileSize<channels>;
   T* memory = aligned_memory<T>();
   const auto k_tile = [&](int stage) { return memory + 2 * stage * kTile; };
@@ -96,8 +97,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCa
 
   copy_tile<T, channels>(k_tile(1), call.q.at<const T>(place, 0), call.q.row, place.first, call.queries);
   start(0, 0);
-  async_wait<0>();
-  __syncthreads();
+  wait_for_copies();
   Operands<channels> q;
   load_operands<channels>(q, k_tile(1));
   // The highest product is the highest score where the scale is positive.
@@ -110,15 +110,11 @@ __global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCa
   Softmax softmax;
   Sums<channels> sums = {};
   for (int first = 0, stage = 0; first < call.keys; first += kTileRows, stage ^= 1) {
-    async_wait<0>();
-    __syncthreads();  // this tile is there, and nobody reads the one before
+    wait_for_copies();  // this tile is there, and nobody reads the one before
     if (first + kTileRows < call.keys) start(first + kTileRows, stage ^ 1);
 
-    const uint32_t k_address = channels_then_rows(k_tile(stage)), v_address = rows_then_channels(v_tile(stage));
     float tile[8][4];
-#pragma unroll
-    for (int j = 0; j < 8; j += 2)
-      multiply_by_rows<T, channels>(tile[j], tile[j + 1], q, k_address, 8 * j * kRowBytes);
+    multiply_by_tile<T, channels>(tile, q, k_tile(stage));
     if (first + kTileRows > call.keys) {
       __syncwarp();  // a branch, then, and not a selection in every tile
 #pragma unroll
@@ -127,12 +123,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_fwd_kernel(LatentCa
           if (first + 8 * j + 2 * quarter() + i % 2 >= call.keys) tile[j][i] = -INFINITY;
     }
     softmax.weigh(tile, score_scale, sums);
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      uint32_t weights[4];
-      pack_operand<T>(weights, tile[j], tile[j + 1]);
-      add_rows<T, channels>(sums, weights, v_address, 8 * j * kRowBytes);
-    }
+    add_tile<T, channels>(sums, tile, v_tile(stage));
   }
 
   float inverse[2];
@@ -175,8 +166,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_queries_kernel(
   copy_tile<T, channels>(k_tile(1), call.q.at<const T>(place, 0), call.q.row, place.first, call.queries);
   copy_tile<T, channels>(v_tile(1), call.d_out.at<const T>(place, 0), call.d_out.row, place.first, call.queries);
   start(0, 0);
-  async_wait<0>();
-  __syncthreads();
+  wait_for_copies();
   Operands<channels> q, d_out;
   load_operands<channels>(q, k_tile(1));
   load_operands<channels>(d_out, v_tile(1));
@@ -203,8 +193,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_queries_kernel(
   const float score_scale = call.scale * kLog2E;
   Sums<channels> d_q = {};
   for (int first = 0, stage = 0; first < call.keys; first += kTileRows, stage ^= 1) {
-    async_wait<0>();
-    __syncthreads();
+    wait_for_copies();
     if (first + kTileRows < call.keys) start(first + kTileRows, stage ^ 1);
     const uint32_t address = channels_then_rows(k_tile(stage)), k_rows = rows_then_channels(k_tile(stage));
 #pragma unroll 1
@@ -263,8 +252,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_keys_kernel(Lat
   copy_tile<T, channels>(q_tile(1), call.k.at<const T>(place, 0), call.k.row, place.first, call.keys);
   copy_tile<T, channels>(v_tile, call.v.at<const T>(place, 0), call.v.row, place.first, call.keys);
   start(0, 0);
-  async_wait<0>();
-  __syncthreads();
+  wait_for_copies();
   Operands<channels> k, v;
   load_operands<channels>(k, q_tile(1));
   if constexpr (kHoldsV) load_operands<channels>(v, v_tile);
@@ -273,8 +261,7 @@ __global__ void __launch_bounds__(kThreads) latent_attention_bwd_keys_kernel(Lat
   const float score_scale = call.scale * kLog2E;
   Sums<channels> d_k = {}, d_v = {};
   for (int first = 0, stage = 0; first < call.queries; first += kTileRows, stage ^= 1) {
-    async_wait<0>();
-    __syncthreads();
+    wait_for_copies();
     if (first + kTileRows < call.queries) start(first + kTileRows, stage ^ 1);
     const uint32_t address = channels_then_rows(q_tile(stage)), q_rows = rows_then_channels(q_tile(stage));
     const Statistics* columns = all_statistics + stage * kTileRows + 2 * quarter();

@@ -19,7 +19,8 @@ constexpr int kPanelWidth = 64, kVector = 8;
 constexpr int kStages = 2;
 constexpr size_t kSwizzleBytes = 1024;  // what the swizzle repeats after, and tiles are aligned to
 
-// The head of a block and the first of its rows. Neighbours share a head, so that what they all read stays in the cache.
+// The head of a block and the first of its rows. Neighbours share a head, so that what they all read stays in the
+// cache.
 struct Place {
   int batch, head, first;
 
@@ -31,7 +32,9 @@ struct Place {
   }
 
   // Of a row of a (batch, heads, rows) tensor without gaps.
-  __device__ int64_t index(int heads, int64_t rows, int row) const { return (int64_t{batch} * heads + head) * rows + row; }
+  __device__ int64_t index(int heads, int64_t rows, int row) const {
+    return (int64_t{batch} * heads + head) * rows + row;
+  }
 };
 
 // A (batch, heads, rows, channels) tensor whose channels are contiguous and whose rows start at multiples of 16 bytes.
@@ -68,14 +71,18 @@ __device__ __forceinline__ float row_sum(float x) {
 
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, BFloat16>) return pack_bfloat16(low, high);
-  else return pack_half(low, high);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return pack_bfloat16(low, high);
+  else
+    return pack_half(low, high);
 }
 
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, BFloat16>) return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-  else return make_float2(half_to_float(static_cast<uint16_t>(pair)), half_to_float(static_cast<uint16_t>(pair >> 16)));
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+  else
+    return make_float2(half_to_float(static_cast<uint16_t>(pair)), half_to_float(static_cast<uint16_t>(pair >> 16)));
 }
 
 // A result of 16 columns as the left operand of the next product.
@@ -95,8 +102,8 @@ using Sums = float[channels / kPanelWidth][kPanelWidth / 8][4];
 
 // --- tiles ---
 
-// Eight channels lie together, and the eight such pieces of a panel's row in the order of their number XOR the row's, so
-// that what a warp reads at once, eight rows of a piece, is in different banks. Tensor cores know it as the 128-byte
+// Eight channels lie together, and the eight such pieces of a panel's row in the order of their number XOR the row's,
+// so that what a warp reads at once, eight rows of a piece, is in different banks. Tensor cores know it as the 128-byte
 // swizzle.
 __device__ __forceinline__ int in_tile(int row, int channel) {
   const int panel = channel / kPanelWidth, piece = channel % kPanelWidth / kVector;
@@ -109,8 +116,8 @@ constexpr int kTileSize = kTileRows * channels;  // elements, of 16 bits
 template <int channels>
 constexpr int kTileBytes = 2 * kTileSize<channels>;
 
-// From the address of channels 0 to 15 to that of the 16 channels of step k: pieces differ in bits that a tile's address and rows leave 0,
-// so that one XOR leads from step to step.
+// From the address of channels 0 to 15 to that of the 16 channels of step k: pieces differ in bits that a tile's
+// address and rows leave 0, so that one XOR leads from step to step.
 __device__ __forceinline__ uint32_t at_step(uint32_t address, int k) {
   return (address ^ k % 4 * 2 * kPieceBytes) + k / 4 * kPanelBytes;
 }
@@ -157,11 +164,14 @@ __device__ __forceinline__ void load_operands(Operands<channels>& a, const void*
 
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, BFloat16>) mma_bfloat16(d, a, b);
-  else mma_half(d, a, b);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    mma_bfloat16(d, a, b);
+  else
+    mma_half(d, a, b);
 }
 
-// d (16 x 16) = a times the transpose of 16 rows of a tile; address: channels_then_rows, of a tile so many bytes before.
+// d (16 x 16) = a times the transpose of 16 rows of a tile; address: channels_then_rows, of a tile so many bytes
+// before.
 template <class T, int channels>
 __device__ __forceinline__ void multiply_by_rows(float (&left)[4], float (&right)[4], const Operands<channels>& a,
                                                  uint32_t address, int offset) {
@@ -192,8 +202,7 @@ __device__ __forceinline__ void multiply_by_rows(float (&left)[4], float (&right
 
 // sums (16 x channels) += a (16 x 16) times 16 rows of a tile; address: rows_then_channels, so many bytes before.
 template <class T, int channels>
-__device__ __forceinline__ void add_rows(Sums<channels>& sums, const uint32_t (&a)[4], uint32_t address,
-                                         int offset) {
+__device__ __forceinline__ void add_rows(Sums<channels>& sums, const uint32_t (&a)[4], uint32_t address, int offset) {
 #pragma unroll
   for (int k = 0; k < channels / 16; ++k) {
     uint32_t b[4];
@@ -201,6 +210,96 @@ __device__ __forceinline__ void add_rows(Sums<channels>& sums, const uint32_t (&
     mma<T>(sums[k / 4][k % 4 * 2], a, {b[0], b[1]});
     mma<T>(sums[k / 4][k % 4 * 2 + 1], a, {b[2], b[3]});
   }
+}
+
+// --- a tile of keys as a whole: scores of this warp's 16 queries, and weighted sums of values ---
+
+#if defined(PK_WARPGROUP_PRODUCTS)
+
+// Blocks that are to fit into a multiprocessor, of whose memory they take 33 and 65 KB.
+template <int channels>
+constexpr int kForwardBlocks = channels == 64 ? 4 : 3;
+
+template <bool rows, class T>
+__device__ __forceinline__ void warpgroup_product(float (&d)[8][4], const uint32_t (&a)[4], uint64_t tile, int offset,
+                                                  bool accumulate) {
+  const uint64_t b = tile + offset / 16;  // bytes; descriptors count in 16 of them
+  if constexpr (std::is_same_v<T, BFloat16>)
+    warpgroup_product_bfloat16<rows>(d, a, b, accumulate);
+  else
+    warpgroup_product_half<rows>(d, a, b, accumulate);
+}
+
+// products (16 x 64) = q times the transpose of the tile.
+template <class T, int channels>
+__device__ __forceinline__ void multiply_by_tile(float (&products)[8][4], const Operands<channels>& q, const T* tile) {
+  const uint64_t matrix = swizzled_matrix(shared_address(tile));
+  warpgroup_fence();
+#pragma unroll
+  for (int k = 0; k < channels / 16; ++k)
+    warpgroup_product<false, T>(products, q[k], matrix, k / 4 * kPanelBytes + k % 4 * 2 * kPieceBytes, k > 0);
+  warpgroup_commit();
+  warpgroup_wait();
+  for (auto& product : products) pin(product);
+}
+
+// sums (16 x channels) += weights (16 x 64) times the tile.
+template <class T, int channels>
+__device__ __forceinline__ void add_tile(Sums<channels>& sums, const float (&weights)[8][4], const T* tile) {
+  uint32_t operands[4][4];
+  for (int j = 0; j < 4; ++j) {
+    pack_operand<T>(operands[j], weights[2 * j], weights[2 * j + 1]);
+    pin(operands[j]);
+  }
+  for (auto& panel : sums)
+    for (auto& sum : panel) pin(sum);
+  const uint64_t matrix = swizzled_matrix(shared_address(tile));
+  warpgroup_fence();
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    for (int panel = 0; panel < channels / kPanelWidth; ++panel)
+      warpgroup_product<true, T>(sums[panel], operands[j], matrix, panel * kPanelBytes + 16 * j * kRowBytes, true);
+  warpgroup_commit();
+  warpgroup_wait();
+  for (auto& panel : sums)
+    for (auto& sum : panel) pin(sum);
+}
+
+#else
+
+template <int channels>
+constexpr int kForwardBlocks = channels == 64 ? 3 : 2;
+
+// products (16 x 64) = q times the transpose of the tile.
+template <class T, int channels>
+__device__ __forceinline__ void multiply_by_tile(float (&products)[8][4], const Operands<channels>& q, const T* tile) {
+  const uint32_t address = channels_then_rows(tile);
+#pragma unroll
+  for (int j = 0; j < 8; j += 2)
+    multiply_by_rows<T, channels>(products[j], products[j + 1], q, address, 8 * j * kRowBytes);
+}
+
+// sums (16 x channels) += weights (16 x 64) times the tile.
+template <class T, int channels>
+__device__ __forceinline__ void add_tile(Sums<channels>& sums, const float (&weights)[8][4], const T* tile) {
+  const uint32_t address = rows_then_channels(tile);
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t operand[4];
+    pack_operand<T>(operand, weights[j], weights[j + 1]);
+    add_rows<T, channels>(sums, operand, address, 8 * j * kRowBytes);
+  }
+}
+
+#endif
+
+// Until the copies that were started are there, for all threads and for the products.
+__device__ __forceinline__ void wait_for_copies() {
+  async_wait<0>();
+#if defined(PK_WARPGROUP_PRODUCTS)
+  async_proxy_fence();
+#endif
+  __syncthreads();
 }
 
 // Writes this warp's 16 rows of sums, times a factor for each of a lane's two rows, to rows `first` and following of a
