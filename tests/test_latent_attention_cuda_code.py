@@ -9,14 +9,15 @@ import pytest
 
 pytestmark = pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
 
-# Instructions of the busiest loop per exponential: a pair and thread in forward, of which rare branches are a quarter.
+# Registers, which leave a multiprocessor the blocks that are to fit, and instructions of the busiest loop per
+# exponential: a pair and thread; of forward's, rare branches are a quarter.
 BACKWARD = {
     ("bwd_queries", 64): (128, 14),
     ("bwd_queries", 128): (208, 18.5),
     ("bwd_keys", 64): (168, 15),
     ("bwd_keys", 128): (255, 22),
 }
-FORWARD = {("80", 64): (136, 14), ("80", 128): (208, 19), ("90a", 64): (128, 11.5), ("90a", 128): (168, 14.5)}
+FORWARD = {("80", 64): (152, 14), ("80", 128): (208, 19), ("90a", 64): (128, 11.5), ("90a", 128): (168, 14.5)}
 
 
 def figures(kernel: str, dtype: str, head_dim: int, arch: str) -> machine_code.Figures:
@@ -31,14 +32,12 @@ def test_forward(arch: str, head_dim: int, dtype: str) -> None:
     assert found.spills == 0
     assert found.registers <= registers
     assert found.per_pair <= per_pair
-    # Products of warpgroups where there are any: for 64 channels 4 steps of the scores and 4 of the sums.
-    kinds = {operation.split(".")[0] for operation in found.operations}
-    assert ("HGMMA" in kinds, "HMMA" in kinds) == (arch == "90a", arch == "80")
-    if arch == "90a":
-        assert (
-            sum(count for operation, count in found.operations.items() if operation.startswith("HGMMA"))
-            == head_dim // 8
-        )
+    products: Counter[str] = Counter()
+    for operation, count in found.operations.items():
+        products[operation.partition(".")[0]] += count
+    # Of warpgroups where there are any: for 64 channels 4 steps of the scores and 4 of the sums.
+    assert products["HGMMA"] == (head_dim // 8 if arch == "90a" else 0)
+    assert products["HMMA"] == (0 if arch == "90a" else head_dim)
 
 
 @pytest.mark.parametrize("dtype", ["8BFloat16", "7Float16"])
