@@ -127,6 +127,12 @@ Status fourier_encode_grid(const FourierTables&, const TensorView& data, const T
 Status fourier_encode_points(const FourierBands&, const TensorView& frequencies, double largest,
                              const TensorView& positions, const TensorView& out, Stream);
 
+// Of 16 bits, head_dim 64 or 128 for all, channels contiguous, rows at multiples of 16 bytes.
+Status latent_attention_fwd(const LatentInputs&, const LatentOutputs&, Stream);
+// statistics: [B, H, N rounded up to a multiple of 64, 2], float32, to work in.
+Status latent_attention_bwd(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
+                            const TensorView& statistics, const LatentGradients&, Stream);
+
 }  // namespace cuda
 
 // --- on a CPU ---

@@ -32,6 +32,7 @@ class Call:
     channels: int | None = None
     mask: bool = False
     dropout: bool = False
+    head_dims: tuple[int, int] | None = None  # of q and k, of v
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Declaration:
     data_dtypes: tuple[torch.dtype, ...]
     axes: tuple[int, int] | None = None
     channels: tuple[int, int] | None = None
+    # The head dimensions it is made for, of q, k and v alike; None: any.
+    head_dims: tuple[int, ...] | None = None
     mask: bool = True
     dropout: bool = True
     deterministic: bool = True
@@ -69,6 +72,12 @@ class Declaration:
         for what, value, limits in (("axes", call.axes, self.axes), ("channels", call.channels, self.channels)):
             if value is not None and limits is not None and not limits[0] <= value <= limits[1]:
                 reasons.append(f"{what} is {value}, must be from {limits[0]} to {limits[1]}")
+        if call.head_dims is not None and self.head_dims is not None:
+            head_dim, head_dim_v = call.head_dims
+            if head_dim not in self.head_dims:
+                reasons.append(f"head_dim is {head_dim}, must be {_one_of(self.head_dims)}")
+            if head_dim_v != head_dim:
+                reasons.append(f"head_dim_v is {head_dim_v}, must be {head_dim} as head_dim is")
         if call.mask and not self.mask:
             reasons.append("a mask is given, which it does not take")
         if call.dropout and not self.dropout:

@@ -114,16 +114,21 @@ def check_formula(attention: Attention, keys: list[int], **options: Any) -> None
         torch.testing.assert_close(out[b, h, n], expected)
 
 
-def check_growing_and_falling_scores(attention: Attention, backend: str, rows: int, keys: int) -> None:
+def check_growing_and_falling_scores(
+    attention: Attention, backend: str, shape: LatentShape, dtype: torch.dtype = torch.float32
+) -> None:
     """The running maximum moves with every block of keys, or never; a score above all others, last.
 
     Scores reach 200 to 700; measured as needed: 22 by native, 6 by triton.
     """
-    q, k, v, gradient = make_inputs(LatentShape(1, 1, rows, keys, 1, 8))
-    place = torch.arange(float(keys))
-    for values in (place, -place, (place == keys - 1) * 900.0):
-        inputs = [torch.full_like(q, 0.7), values.double().view(k.shape), v, gradient]
-        check_against_reference(attention, inputs, backend, torch.float32, amplification=32.0)
+    q, k, v, gradient = make_inputs(shape)
+    place = torch.arange(float(shape.keys), dtype=torch.float64)
+    for values in (place, -place, (place == shape.keys - 1) * 900.0):
+        # Of several channels the others are zero.
+        k = F.pad(values[:, None], (0, shape.head_dim - 1)).expand_as(k)
+        check_against_reference(
+            attention, [torch.full_like(q, 0.7), k, v, gradient], backend, dtype, amplification=32.0
+        )
 
 
 def check_dropout_mask(attention: Attention, backend: str, size: tuple[int, int, int, int]) -> None:
@@ -148,16 +153,20 @@ def check_dropout_draws_from_torch_s_generator(attention: Attention) -> None:
     assert not torch.equal(first, second)
 
 
-def check_two_runs_are_equal(attention: Attention, backend: str, shape: LatentShape) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(shape)]
-    first, second = (run(attention, inputs, backend, dropout_p=0.1, seed=1) for _ in range(2))
+def check_two_runs_are_equal(
+    attention: Attention, backend: str, shape: LatentShape, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    inputs = [tensor.to(dtype) for tensor in make_inputs(shape)]
+    first, second = (run(attention, inputs, backend, **options) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def check_nan_reaches_what_depends_on_it(attention: Attention, backend: str, which: int, shape: LatentShape) -> None:
+def check_nan_reaches_what_depends_on_it(
+    attention: Attention, backend: str, which: int, shape: LatentShape, dtype: torch.dtype = torch.float32
+) -> None:
     """NaN in the first of two heads: where it is in the reference, and nowhere in the other head."""
-    inputs = [tensor.float() for tensor in make_inputs(shape)]
+    inputs = [tensor.to(dtype) for tensor in make_inputs(shape)]
     inputs[which][0, 0, 17, 3] = math.nan
     actual, expected = run(attention, inputs, backend), run(attention, inputs, "reference")
     for name, value in actual.items():
@@ -166,9 +175,9 @@ def check_nan_reaches_what_depends_on_it(attention: Attention, backend: str, whi
 
 
 def check_infinity_does_no_harm_elsewhere(
-    attention: Attention, backend: str, which: int, value: float, shape: LatentShape
+    attention: Attention, backend: str, which: int, value: float, shape: LatentShape, dtype: torch.dtype = torch.float32
 ) -> None:
-    inputs = [tensor.float() for tensor in make_inputs(shape)]
+    inputs = [tensor.to(dtype) for tensor in make_inputs(shape)]
     inputs[which][0, 0, 7, 3] = value
     actual, expected = run(attention, inputs, backend), run(attention, inputs, "reference")
     assert torch.equal(actual["out"].isfinite(), expected["out"].isfinite())
@@ -176,8 +185,11 @@ def check_infinity_does_no_harm_elsewhere(
         assert result[:, 1].isfinite().all()
 
 
-def check_scores_of_minus_infinity_give_zeros(attention: Attention, backend: str, dtype: torch.dtype) -> None:
-    inputs = [tensor.to(dtype) for tensor in make_inputs(LatentShape(1, 2, 4, 150, 1, 3))]
+def check_scores_of_minus_infinity_give_zeros(
+    attention: Attention, backend: str, shape: LatentShape, dtype: torch.dtype = torch.float32
+) -> None:
+    """In the first of two heads."""
+    inputs = [tensor.to(dtype) for tensor in make_inputs(shape)]
     inputs[0].abs_()
     inputs[1][0, 0] = -math.inf
     out = run(attention, inputs, backend)["out"]
@@ -193,8 +205,10 @@ def check_zeros(attention: Attention, backend: str, shape: LatentShape, dtype: t
         assert (value == 0).all()
 
 
-def check_results_lie_as_the_projections_read_them(attention: Attention, backend: str, dtype: torch.dtype) -> None:
-    inputs = [tensor.to(dtype) for tensor in make_inputs(LatentShape(2, 3, 5, 7, 4, 6))]
+def check_results_lie_as_the_projections_read_them(
+    attention: Attention, backend: str, shape: LatentShape, dtype: torch.dtype = torch.float32
+) -> None:
+    inputs = [tensor.to(dtype) for tensor in make_inputs(shape)]
     for value in run(attention, inputs, backend).values():
         assert value.transpose(1, 2).is_contiguous()
 

@@ -105,22 +105,22 @@ def cuda_module() -> Path | None:
     return next(Path(spec.origin).parent.glob("_cuda.*.so"), None)
 
 
-def built(kernel: str, arch: str) -> Figures:
-    """Figures of the one kernel in perceiver_kernels._cuda whose mangled name contains `kernel`, for sm_<arch>."""
-    assembly, usage = _code_of(kernel, arch)
+def built(kernel: str, arch: str, arguments: str = "") -> Figures:
+    """Figures of the one kernel in perceiver_kernels._cuda, for sm_<arch>, whose mangled name contains both strings."""
+    assembly, usage = _code_of(kernel, arch, arguments)
     registers, shared = re.search(r"REG:(\d+)", usage), re.search(r"SHARED:(\d+)", usage)
     assert registers and shared, usage
     return _read_figures(assembly, int(registers.group(1)), int(shared.group(1)))
 
 
-def built_loops(kernel: str, arch: str) -> list[list[str]]:
+def built_loops(kernel: str, arch: str, arguments: str = "") -> list[list[str]]:
     """The operations of each innermost loop of that kernel."""
-    return innermost_loops(*read(_code_of(kernel, arch)[0]))
+    return innermost_loops(*read(_code_of(kernel, arch, arguments)[0]))
 
 
-def _code_of(kernel: str, arch: str) -> tuple[str, str]:
-    found = {name: code for name, code in _module_code(arch).items() if kernel in name}
-    assert len(found) == 1, f"{kernel!r} is in {sorted(found)}"
+def _code_of(kernel: str, arch: str, arguments: str) -> tuple[str, str]:
+    found = {name: code for name, code in _module_code(arch).items() if kernel in name and arguments in name}
+    assert len(found) == 1, f"{kernel!r} and {arguments!r} are in {sorted(found)}"
     return found.popitem()[1]
 
 

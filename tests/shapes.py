@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +143,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and interpreting()
 
 
+def emulated(backend: str) -> bool:
+    """Whether a backend's kernels run in the emulation, where a tile takes milliseconds: small shapes, then."""
+    return backend == "cuda" and cuda.emulated()
+
+
 def dtypes_of(op: str, backend: str) -> list[torch.dtype]:
     """The dtypes to test a backend with: all that it declares; Triton's interpreter does not multiply bfloat16."""
     dtypes = declared(op, backend).data_dtypes
@@ -165,7 +171,19 @@ LATENT_SHAPES_INTERPRETED = [
 
 
 def latent_shapes(backend: str) -> list[LatentShape]:
-    return LATENT_SHAPES_INTERPRETED if interpreted(backend) else LATENT_SHAPES
+    small = interpreted(backend) or emulated(backend)
+    shapes = LATENT_SHAPES_INTERPRETED if small else LATENT_SHAPES
+    return list(dict.fromkeys(fitted(shape, backend) for shape in shapes))
+
+
+def fitted(shape: LatentShape, backend: str) -> LatentShape:
+    """The shape with the next head dimensions that the backend has a kernel for."""
+    head_dims = declared("latent_attention", backend).head_dims
+    if head_dims is None:
+        return shape
+    widest = max(shape.head_dim, shape.head_dim_v)
+    head_dim = next((head_dim for head_dim in head_dims if widest <= head_dim), head_dims[-1])
+    return dataclasses.replace(shape, head_dim=head_dim, head_dim_v=head_dim)
 
 
 # The same structure in the interpreter, where a tile row of tokens takes milliseconds.

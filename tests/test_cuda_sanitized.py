@@ -83,8 +83,11 @@ def run_separable_layer_norm() -> list[Tensor]:
 
 @call
 def run_latent_attention() -> list[Tensor]:
-    q, k, v = leaf(2, 3, 33, 24), leaf(2, 3, 70, 24), leaf(2, 3, 70, 20)
-    return [pk.latent_attention(q, k, v, dropout_p=0.2, seed=3)]
+    wide, wider = ([leaf(2, 1, rows, head_dim) for rows in (70, 130, 130)] for head_dim in (64, 128))
+    return [
+        pk.latent_attention(*(tensor.half() for tensor in wide)),
+        pk.latent_attention(*(tensor.bfloat16() for tensor in wider)),
+    ]
 
 
 @call

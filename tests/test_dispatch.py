@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_the_first_that_supports_a_call_runs_it() -> None:
 def test_a_forced_backend_lists_its_reasons(changes: dict[str, object], reason: str) -> None:
     with pk.use_backend("native"), pytest.raises(pk.BackendError, match=reason):
         dispatch.select(call(**changes))
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "reasons"),
+    [
+        (None, []),
+        ((64, 64), []),
+        ((96, 96), ["head_dim is 96, must be 64 or 128"]),
+        ((64, 128), ["head_dim_v is 128, must be 64 as head_dim is"]),
+    ],
+)
+def test_head_dims_are_some_values_for_queries_keys_and_values_alike(
+    head_dims: tuple[int, int] | None, reasons: list[str]
+) -> None:
+    entry = dataclasses.replace(dispatch.declarations(OP)[-1], head_dims=(64, 128))
+    assert entry.not_supported_reasons(call(head_dims=head_dims)) == reasons
+    assert not dispatch.declarations(OP)[-1].not_supported_reasons(call(head_dims=(96, 7)))
 
 
 def test_use_backend_nests_and_comes_back_after_an_error() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import LEVELS, check_at
+from another_process import INSTRUCTION_SETS, check_at
 from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse
 from shapes import available_backends, declared, device_of, dtypes_of, interpreted
@@ -275,7 +275,7 @@ def test_module_is_the_composition(backend: str) -> None:
     torch.testing.assert_close(module(x), out)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
 def test_every_instruction_set(level: str) -> None:
     """Each level that this processor runs passes the same cases."""
     check_at(

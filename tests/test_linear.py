@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import LEVELS, check_at
+from another_process import INSTRUCTION_SETS, check_at
 from machine_code import Build, figures, needs_triton
 from numerics import assert_no_worse, error
 from shapes import available_backends, device_of, dtypes_of, interpreted
@@ -466,7 +466,7 @@ def test_tiles_cover_all_rows(rows: int) -> None:
     assert [row for first, last in stretches for row in range(first, last)] == list(range(rows))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
 def test_every_instruction_set(level: str) -> None:
     """Each level that this processor runs passes the same cases."""
     check_at(

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from another_process import INSTRUCTION_SETS, check_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import LEVELS, check_at
 from numerics import assert_no_worse
 from shapes import (
     SeparableShape,
@@ -443,7 +443,7 @@ def test_the_number_of_threads_changes_nothing(backend: str) -> None:
             assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
 def test_every_instruction_set(level: str) -> None:
     """Each level that this processor runs passes the same cases."""
     check_at(

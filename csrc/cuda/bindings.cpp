@@ -51,4 +51,22 @@ PYBIND11_MODULE(_cuda, module) {
                                                         stream_at(stream));
                });
              });
+
+  module.def("latent_attention_fwd", [](const py::tuple& inputs, double scale, const py::tuple& outputs,
+                                        uintptr_t stream) {
+    const pk::LatentInputs latent{view(inputs[0]), view(inputs[1]), view(inputs[2]), scale, {}};
+    const pk::LatentOutputs results{view(outputs[0]), view(outputs[1])};
+    run([&] { return pk::cuda::latent_attention_fwd(latent, results, stream_at(stream)); });
+  });
+  module.def("latent_attention_bwd", [](const py::tuple& inputs, double scale, const py::tuple& saved,
+                                        const py::handle& d_out, const py::handle& statistics,
+                                        const py::tuple& gradients, uintptr_t stream) {
+    const pk::LatentInputs latent{view(inputs[0]), view(inputs[1]), view(inputs[2]), scale, {}};
+    const pk::LatentOutputs results{view(saved[0]), view(saved[1])};
+    const pk::LatentGradients d_inputs{view(gradients[0]), view(gradients[1]), view(gradients[2])};
+    const auto d_out_view = view(d_out), statistics_view = view(statistics);
+    run([&] {
+      return pk::cuda::latent_attention_bwd(latent, results, d_out_view, statistics_view, d_inputs, stream_at(stream));
+    });
+  });
 }

@@ -29,6 +29,13 @@ __device__ __forceinline__ void async_copy(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
+// The same where there is something to copy, else 16 bytes of zeros: the address is not read.
+__device__ __forceinline__ void async_copy_or_zeros(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all of this thread's groups but the `pending` latest have arrived; other threads still need __syncthreads.
@@ -155,21 +162,86 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], 
 }
 
 // Four 8 x 8 matrices of 16-bit numbers: lanes 8 i to 8 i + 7 give the addresses of the rows (16 bytes) of matrix i. Of
-// each a lane gets row group, columns 2 quarter and + 1, one register a matrix.
-__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
+// each a lane gets row group, columns 2 quarter and + 1, one register a matrix. The row is a shared_address or a
+// pointer.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
+  load_matrices(d, shared_address(row));
+}
+
 // The same of the matrices transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
+  load_matrices_transposed(d, shared_address(row));
+}
+
+// --- matrix products of a warpgroup: 128 threads, 64 rows, asynchronous ---
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PK_WARPGROUP_PRODUCTS
+
+// 64 rows of 128 bytes in shared memory, or 16 of them, from a row that is a multiple of 8: their 16-byte pieces lie in
+// the order of their number XOR the row's (the 128-byte swizzle; the memory it begins anew in is aligned to 1024).
+__device__ __forceinline__ uint64_t swizzled_matrix(uint32_t shared_address) {
+  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | kEightRows << 32 | kEightRows << 16 | (shared_address & 0x3FFFF) >> 4;
+}
+
+// What this thread's copies wrote to shared memory is there for products after it (and a __syncthreads).
+__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before the first product, and before one of whose registers others than products made something.
+__device__ __forceinline__ void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all committed products are done: before that their registers and matrices are nobody else's.
+__device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// What the program does to registers before or after this, the compiler does, too.
+__device__ __forceinline__ void pin(float (&x)[4]) {
+  asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])::"memory");
+}
+__device__ __forceinline__ void pin(uint32_t (&x)[4]) {
+  asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
+}
+
+// d (64 x 64) += a b, or = a b, for every warp its 16 rows: d[j] and a as in the products of a warp, b (16 x 64) a
+// swizzled_matrix. Of 16 rows where they are b's rows; of 64 where they are its columns, of which the product takes the
+// 16 numbers (32 bytes) that the address points to.
+#define PK_WARPGROUP_PRODUCT(NAME, TYPE)                                                                           \
+  template <bool rows>                                                                                             \
+  __device__ __forceinline__ void NAME(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {    \
+    asm volatile(                                                                                                  \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                                \
+        " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+        "%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, %38;\n}\n"                                           \
+        : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), \
+          "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), \
+          "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), \
+          "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), \
+          "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                                               \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(rows ? 1 : 0) \
+        : "memory");                                                                                               \
+  }
+PK_WARPGROUP_PRODUCT(warpgroup_product_bfloat16, "bf16")
+PK_WARPGROUP_PRODUCT(warpgroup_product_half, "f16")
+#undef PK_WARPGROUP_PRODUCT
+
+#endif
 
 }  // namespace cuda
 }  // namespace pk

@@ -20,6 +20,14 @@ from perceiver_kernels.ops.validation import COMPUTE_DTYPES, DTYPES, autocast, c
 OP = "latent_attention"
 MAX_HEAD_DIM = 256
 
+declare_gpu(
+    OP,
+    "cuda",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=(torch.bfloat16, torch.float16),
+    head_dims=(64, 128),
+    dropout=False,
+)
 declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_HEAD_DIM))
 declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES, channels=(1, MAX_HEAD_DIM))
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
@@ -73,8 +81,11 @@ def latent_attention(
 
 def _call(q: Tensor, v: Tensor, dropout_p: float) -> dispatch.Call:
     compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    channels = max(q.shape[3], v.shape[3])
-    return dispatch.Call(OP, q.device.type, compute_dtype, q.dtype, channels=channels, dropout=dropout_p > 0)
+    head_dims = q.shape[3], v.shape[3]
+    return dispatch.Call(
+        OP, q.device.type, compute_dtype, q.dtype,
+        channels=max(head_dims), dropout=dropout_p > 0, head_dims=head_dims,
+    )  # fmt: skip
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float, *, measure: bool) -> bool:

@@ -18,6 +18,9 @@
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __CUDA_ARCH__ EMULATED_ARCH
+#if EMULATED_ARCH == 900
+#define __CUDA_ARCH_FEAT_SM90_ALL
+#endif
 
 constexpr int warpSize = 32;
 

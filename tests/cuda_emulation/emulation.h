@@ -41,7 +41,7 @@ constexpr size_t kStack = 256 << 10;
 // Threads that wait for each other, and what each of them lays open for the others while they do.
 struct Meeting {
   int arrived = 0;
-  uint64_t held = 0;                                  // how many such meetings have ended
+  uint64_t held = 0;                                // how many such meetings have ended
   std::vector<std::vector<unsigned char>> open[2];  // by parity: nobody is two meetings ahead
 };
 
@@ -58,14 +58,23 @@ struct Barrier {
   std::vector<Copy> copies;
 };
 
+// A thread's part in products of its warpgroup, made when they are waited for.
+struct Products {
+  std::vector<std::function<void()>> uncommitted, committed;
+  std::map<float*, std::vector<float>> sums;  // by where they go
+  bool fenced = false;                        // registers are theirs
+  bool copies_fenced = true;                  // what was copied to shared memory is visible to them
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int index = 0;
   bool done = false;
-  std::function<bool()> ready;                // empty, or when it may go on
+  std::function<bool()> ready;  // empty, or when it may go on
   std::vector<Copy> uncommitted;
   std::vector<std::vector<Copy>> groups;
+  Products products;
 };
 
 struct Block {
@@ -129,8 +138,7 @@ inline void wait_until(std::function<bool()> ready) {
 [[noreturn]] inline void fail(const std::string& message) {
   State& s = state();
   if (s.failure.empty()) {
-    s.failure =
-        message + " (thread " + std::to_string(s.now->index) + " of block " + std::to_string(blockIdx.x) + ")";
+    s.failure = message + " (thread " + std::to_string(s.now->index) + " of block " + std::to_string(blockIdx.x) + ")";
   }
   leave();
 }
@@ -170,6 +178,7 @@ inline void run_block(const std::vector<int>& order) {
     fiber.ready = nullptr;
     fiber.uncommitted.clear();
     fiber.groups.clear();
+    fiber.products = {};
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -264,7 +273,7 @@ std::vector<T> meet(int kind, uint64_t which, int members, int member, const T& 
   return all;
 }
 
-enum Kind : int { kBlockMeeting, kWarpMeeting, kNamedMeeting };
+enum Kind : int { kBlockMeeting, kWarpMeeting, kNamedMeeting, kWarpgroupMeeting };
 
 inline int lane() { return state().now->index % kWarp; }
 
