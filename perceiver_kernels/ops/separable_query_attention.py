@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
+from perceiver_kernels.backends.cuda import runtime as cuda_runtime
 from perceiver_kernels.backends.reference import separable_query_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.registration import define, register_pair
@@ -21,6 +22,7 @@ MAX_AXES = 4
 MAX_CHANNELS = 128
 MAX_ROWS = 2**31  # counted in 32 bits
 TRITON_MAX_HEAD_DIM = 1024
+CUDA_MAX_HEAD_DIM = 1024
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -31,6 +33,26 @@ def _triton() -> ModuleType:
     return separable_query_attention
 
 
+def _cuda() -> ModuleType:
+    from perceiver_kernels.backends.cuda import separable_query_attention
+
+    return separable_query_attention
+
+
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "cuda",
+        load=_cuda,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        axes=(1, MAX_AXES),
+        channels=(1, CUDA_MAX_HEAD_DIM),
+        unavailable=cuda_runtime.unavailable,
+        devices_if_forced=cuda_runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,
