@@ -60,24 +60,23 @@ struct LatentInputs {
   Dropout dropout;
 };
 
-// Inputs of separable_query_attention, all but x contiguous. Keys that the mask leaves out are zeros in form and v. A
+// Inputs of separable_query_attention, all but x contiguous. Keys that nothing attends to are zeros in form and v. A
 // dropout row is head * M + query, M the grid's size.
 struct SeparableQueryInputs {
   TensorView form;  // [B|1, H, c + sum of S_k, N]: k, then the tables
   TensorView v;     // [B, H, N, Dv]
-  TensorView h;     // [B|1, H, N] or undefined
+  TensorView bias;  // [B|1, H, N] or undefined: h in powers of two, -inf where nothing attends to the key
   TensorView x;     // [B|1, M, c] or undefined
   TensorView r;     // [B|1, M] or undefined
-  TensorView mask;  // [B, N], boolean, or undefined
   std::vector<int64_t> grid;
   Dropout dropout;
 };
 
 // What its backward needs besides, contiguous.
 struct SeparableQuerySaved {
-  TensorView d_out;  // [B, M, H, Dv]
-  TensorView lse;    // [B, H, M]
-  TensorView delta;  // [B, H, M], d_out . out
+  TensorView d_out;      // [B, M, H, Dv]
+  TensorView reference;  // [B, H, M], lse in powers of two, 0 where it is -inf
+  TensorView delta;      // [B, H, M], d_out . out
 };
 
 // Sums of column_parts * outer_parts parts of the queries, which the caller adds up; data and outer are zeros to begin
@@ -155,9 +154,9 @@ Status fourier_encode_grid(const FourierTables&, const TensorView& data, const T
 
 // out [B, M, H, Dv], lse [B, H, M].
 Status separable_query_attention_fwd(const SeparableQueryInputs&, const TensorView& out, const TensorView& lse, Stream);
-// delta [B, H, M] of out and d_out [B, M, H, Dv].
-Status separable_query_attention_bwd_delta(const TensorView& out, const TensorView& d_out, const TensorView& delta,
-                                           Stream);
+// reference and delta [B, H, M], of lse and of out and d_out [B, M, H, Dv].
+Status separable_query_attention_bwd_rows(const TensorView& out, const TensorView& d_out, const TensorView& lse,
+                                          const TensorView& reference, const TensorView& delta, Stream);
 // d_x [groups, M, c], zeros to begin with, and d_r [groups, M], or undefined: B / groups entries of the batch share them.
 Status separable_query_attention_bwd_queries(const SeparableQueryInputs&, const SeparableQuerySaved&,
                                              const TensorView& d_x, const TensorView& d_r, Stream);

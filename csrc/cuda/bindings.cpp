@@ -24,11 +24,11 @@ void run(const Call& call) {
     throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
 }
 
-// (form, v, h, x, r, mask) and (d_out, lse, delta).
+// (form, v, bias, x, r) and (d_out, reference, delta).
 pk::SeparableQueryInputs query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
                                       const py::tuple& dropout) {
-  return {view(inputs[0]), view(inputs[1]), view(inputs[2]), view(inputs[3]),
-          view(inputs[4]), view(inputs[5]), grid,            pk::dropout_of(dropout)};
+  return {view(inputs[0]), view(inputs[1]), view(inputs[2]), view(inputs[3]), view(inputs[4]), grid,
+          pk::dropout_of(dropout)};
 }
 
 pk::SeparableQuerySaved query_saved(const py::tuple& saved) { return {view(saved[0]), view(saved[1]), view(saved[2])}; }
@@ -57,13 +57,16 @@ PYBIND11_MODULE(_cuda, module) {
                const auto out_view = view(out), lse_view = view(lse);
                run([&] { return pk::cuda::separable_query_attention_fwd(in, out_view, lse_view, stream_at(stream)); });
              });
-  module.def("separable_query_attention_bwd_delta", [](const py::handle& out, const py::handle& d_out,
-                                                       const py::handle& delta, uintptr_t stream) {
-    const auto out_view = view(out), d_out_view = view(d_out), delta_view = view(delta);
-    run([&] {
-      return pk::cuda::separable_query_attention_bwd_delta(out_view, d_out_view, delta_view, stream_at(stream));
-    });
-  });
+  module.def("separable_query_attention_bwd_rows",
+             [](const py::handle& out, const py::handle& d_out, const py::handle& lse, const py::handle& reference,
+                const py::handle& delta, uintptr_t stream) {
+               const auto out_view = view(out), d_out_view = view(d_out), lse_view = view(lse);
+               const auto reference_view = view(reference), delta_view = view(delta);
+               run([&] {
+                 return pk::cuda::separable_query_attention_bwd_rows(out_view, d_out_view, lse_view, reference_view,
+                                                                     delta_view, stream_at(stream));
+               });
+             });
   module.def("separable_query_attention_bwd_queries",
              [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
                 const py::tuple& saved, const py::handle& d_x, const py::handle& d_r, uintptr_t stream) {

@@ -29,6 +29,11 @@ __device__ __forceinline__ void async_copy(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void async_copy_word(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all of this thread's groups but the `pending` latest have arrived; other threads still need __syncthreads.

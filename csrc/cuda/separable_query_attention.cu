@@ -17,9 +17,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMaxOuterAxes = 3;
 
 struct Call {
-  const float *form, *h, *x, *r;
-  const uint8_t* mask;
-  int64_t form_batch, h_batch, x_batch, x_query, x_channel, r_batch;  // 0 where the batch shares one
+  const float *form, *bias, *x, *r;
+  int64_t form_batch, bias_batch, x_batch, x_query, x_channel, r_batch;  // 0 where the batch shares one
   int keys, heads, head_dim, outers, columns, channels, entries, outer_axes;
   int sizes[kMaxOuterAxes];  // of the outer axes, the last of them first
   bool aligned_form, aligned_rows, drops;
@@ -32,12 +31,11 @@ int64_t batch_stride(const TensorView& tensor) { return tensor.defined() && tens
 
 Call::Call(const SeparableQueryInputs& in)
     : form(in.form.as<float>()),
-      h(in.h.as<float>()),
+      bias(in.bias.as<float>()),
       x(in.x.as<float>()),
       r(in.r.as<float>()),
-      mask(in.mask.as<uint8_t>()),
       form_batch(batch_stride(in.form)),
-      h_batch(batch_stride(in.h)),
+      bias_batch(batch_stride(in.bias)),
       x_batch(batch_stride(in.x)),
       x_query(in.x.defined() ? in.x.stride(1) : 0),
       x_channel(in.x.defined() ? in.x.stride(2) : 0),
@@ -66,8 +64,7 @@ bool aligned(const TensorView& rows) { return reinterpret_cast<uintptr_t>(rows.d
 // One head of one entry of the batch.
 struct Head {
   int batch, head;
-  const float *form, *h, *x, *r;
-  const uint8_t* mask;
+  const float *form, *bias, *x, *r;
 };
 
 __device__ __forceinline__ Head head_at(const Call& call, int64_t batch_head) {
@@ -75,16 +72,14 @@ __device__ __forceinline__ Head head_at(const Call& call, int64_t batch_head) {
   return {static_cast<int>(batch),
           static_cast<int>(head),
           call.form + batch * call.form_batch + head * call.entries * call.keys,
-          call.h == nullptr ? nullptr : call.h + batch * call.h_batch + head * call.keys,
+          call.bias == nullptr ? nullptr : call.bias + batch * call.bias_batch + head * call.keys,
           call.x + batch * call.x_batch,
-          call.r == nullptr ? nullptr : call.r + batch * call.r_batch,
-          call.mask == nullptr ? nullptr : call.mask + batch * call.keys};
+          call.r == nullptr ? nullptr : call.r + batch * call.r_batch};
 }
 
-// What a key adds to its scores: h, or -inf where nothing attends to it.
+// What a key adds to its scores.
 __device__ __forceinline__ float key_bias(const Call& call, const Head& at, int key) {
-  if (key >= call.keys || (at.mask != nullptr && at.mask[key] == 0)) return -INFINITY;
-  return at.h == nullptr ? 0.0f : at.h[key] * kLog2E;
+  return key >= call.keys ? -INFINITY : at.bias == nullptr ? 0.0f : at.bias[key];
 }
 
 __device__ __forceinline__ float query_factor(const Head& at, int query) {
@@ -117,9 +112,41 @@ __device__ __forceinline__ float outer_sum(const Call& call, const Head& at, con
   return total;
 }
 
-__device__ __forceinline__ float keep(const Call& call, const Head& at, int query, int key) {
-  const int row = at.head * call.outers * call.columns + query;
-  return keep_scale(call.dropout, static_cast<uint32_t>(at.batch), static_cast<uint32_t>(row), key);
+// Which weights dropout keeps, a bit each: four keys from `key` on, a multiple of 4, of `rows` queries `step` apart. One
+// call of Philox in the code, in a loop: it is long.
+__device__ __forceinline__ uint32_t kept_keys(const Call& call, const Head& at, int rows, int query, int step, int key) {
+  const uint32_t row = static_cast<uint32_t>(at.head * call.outers * call.columns + query);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int j = 0; j < rows; ++j) {
+    const float4 scales = keep_scales(call.dropout, static_cast<uint32_t>(at.batch),
+                                      row + static_cast<uint32_t>(j * step), static_cast<uint32_t>(key) / 4);
+    const uint32_t four = (scales.x != 0) | (scales.y != 0) << 1 | (scales.z != 0) << 2 | (scales.w != 0) << 3;
+    bits |= four << 4 * j;
+  }
+  return bits;
+}
+
+// The same of four queries from `query` on, of each of `rows` keys 8 apart.
+__device__ __forceinline__ uint32_t kept_queries(const Call& call, const Head& at, int rows, int query, int key) {
+  const uint32_t row = static_cast<uint32_t>(at.head * call.outers * call.columns + query);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4 * rows; ++i) {
+    const float scale = keep_scale(call.dropout, static_cast<uint32_t>(at.batch), row + static_cast<uint32_t>(i % 4),
+                                   key + i / 4 * 8);
+    bits |= static_cast<uint32_t>(scale != 0) << i;
+  }
+  return bits;
+}
+
+template <int rows>
+__device__ __forceinline__ void drop(const Call& call, uint32_t kept, float (&p)[rows][4]) {
+#pragma unroll
+  for (int j = 0; j < rows; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[j][i] *= kept >> (4 * j + i) & 1 ? call.dropout.kept : 0.0f;
+  }
 }
 
 // --- blocks that own queries ---
@@ -190,22 +217,28 @@ __device__ __forceinline__ void stage_tables(const Call& call, const Head& at, c
     }
   }
   copy(outers + tiling.outer_extent * kTablePitch, call.channels, [&](int i) { return entry(i); });
-  if (threadIdx.x < kStream) bias[threadIdx.x] = key_bias(call, at, key + static_cast<int>(threadIdx.x));
+  if (threadIdx.x >= kStream) return;
+  const int own = static_cast<int>(threadIdx.x);
+  if (at.bias != nullptr && own < valid) {
+    async_copy_word(bias + own, at.bias + key + own);
+  } else {
+    bias[own] = own < valid ? 0.0f : -INFINITY;
+  }
 }
 
 // A lane's rows: their places on the grid and in the tables.
 template <int rows>
 struct QueryRows {
-  int query[rows];  // -1 outside the grid
+  int first, step, inside;        // queries: the first, from one to the next, how many are on the grid
   int near, far, far_step, data;  // rows of the tables: shared by all of the lane's, of the first and to the next one
 
   __device__ QueryRows(const Call& call, const QueryTiling& tiling, int outer, int column) {
     const int warp = static_cast<int>(threadIdx.x) / 32, group = static_cast<int>(threadIdx.x) % 32 / 4;
-#pragma unroll
-    for (int j = 0; j < rows; ++j) {
-      const int at_outer = outer + tiling.outer(warp, j), at_column = column + tiling.column(warp, j, group);
-      query[j] = at_outer < call.outers && at_column < call.columns ? at_outer * call.columns + at_column : -1;
-    }
+    const int first_outer = outer + tiling.outer(warp, 0), first_column = column + tiling.column(warp, 0, group);
+    first = first_outer * call.columns + first_column;
+    step = tiling.plane ? call.columns : 8;
+    inside = tiling.plane ? call.outers - first_outer : (call.columns - first_column + 7) / 8;
+    if (first_column >= call.columns) inside = 0;
     const int own_column = tiling.column(warp, 0, group), own_outer = tiling.column_extent + tiling.outer(warp, 0);
     near = (tiling.plane ? own_column : own_outer) * kTablePitch;
     far = (tiling.plane ? own_outer : own_column) * kTablePitch;
@@ -216,21 +249,21 @@ struct QueryRows {
   // u = x . k + the tables' sum, of four keys; `tables` at the first of them.
   __device__ __forceinline__ void over_keys(const Call& call, const Head& at, const float* tables,
                                             float (&u)[rows][4]) const {
-    const float4 shared = *reinterpret_cast<const float4*>(tables + near);
+    const float4 common = *reinterpret_cast<const float4*>(tables + near);
 #pragma unroll
     for (int j = 0; j < rows; ++j) {
       const float4 own = *reinterpret_cast<const float4*>(tables + far + j * far_step);
-      u[j][0] = shared.x + own.x;
-      u[j][1] = shared.y + own.y;
-      u[j][2] = shared.z + own.z;
-      u[j][3] = shared.w + own.w;
+      u[j][0] = common.x + own.x;
+      u[j][1] = common.y + own.y;
+      u[j][2] = common.z + own.z;
+      u[j][3] = common.w + own.w;
     }
     for (int channel = 0; channel < call.channels; ++channel) {
       const float4 k = *reinterpret_cast<const float4*>(tables + data + channel * kTablePitch);
 #pragma unroll
       for (int j = 0; j < rows; ++j) {
-        const float datum =
-            query[j] < 0 ? 0.0f : __ldg(at.x + query[j] * call.x_query + channel * call.x_channel);
+        const int64_t query = first + j * step;
+        const float datum = j < inside ? __ldg(at.x + query * call.x_query + channel * call.x_channel) : 0.0f;
         u[j][0] += datum * k.x;
         u[j][1] += datum * k.y;
         u[j][2] += datum * k.z;
@@ -272,7 +305,7 @@ __global__ void __launch_bounds__(threads, blocks)
   float factor[rows], reference[rows], total[rows];
 #pragma unroll
   for (int j = 0; j < rows; ++j) {
-    factor[j] = own.query[j] < 0 ? 0.0f : query_factor(at, own.query[j]) * kLog2E;
+    factor[j] = j < own.inside ? query_factor(at, own.first + j * own.step) * kLog2E : 0.0f;
     reference[j] = -FLT_MAX;
     total[j] = 0.0f;
   }
@@ -322,18 +355,7 @@ __global__ void __launch_bounds__(threads, blocks)
           total[j] += p[j][i];
         }
       }
-      if (call.drops) {
-#pragma unroll
-        for (int j = 0; j < rows; ++j) {
-          const int row = at.head * call.outers * call.columns + own.query[j];
-          const float4 scales = keep_scales(call.dropout, static_cast<uint32_t>(at.batch), static_cast<uint32_t>(row),
-                                            static_cast<uint32_t>(step * kStream + first) / 4);
-          p[j][0] *= scales.x;
-          p[j][1] *= scales.y;
-          p[j][2] *= scales.z;
-          p[j][3] *= scales.w;
-        }
-      }
+      if (call.drops) drop(call, kept_keys(call, at, rows, own.first, own.step, step * kStream + first), p);
       sum.add(p, values + (buffer * kStream + part) * pitch, scratch);
     }
   };
@@ -343,10 +365,11 @@ __global__ void __launch_bounds__(threads, blocks)
 #pragma unroll
   for (int j = 0; j < rows; ++j) {
     const float all = quad_sum(total[j]);
-    if (own.query[j] < 0) continue;
+    if (j >= own.inside) continue;
+    const int64_t query = own.first + j * own.step;
     const bool empty = all == 0.0f;
     const float by = empty ? 0.0f : 1.0f / all;
-    T* to = out + ((int64_t{at.batch} * queries + own.query[j]) * call.heads + at.head) * call.head_dim + first_channel;
+    T* to = out + ((int64_t{at.batch} * queries + query) * call.heads + at.head) * call.head_dim + first_channel;
     const int left = call.head_dim - first_channel;
     sum.read(j, [&](int channel, float first, float second) {
       if (channel < left) to[channel] = from_float<T>(first * by);
@@ -354,38 +377,39 @@ __global__ void __launch_bounds__(threads, blocks)
     });
     // Every chunk of channels has the same to say.
     if (quarter == 0 && first_channel == 0)
-      lse[batch_head * queries + own.query[j]] = empty ? -INFINITY : (reference[j] + log2f(all)) / kLog2E;
+      lse[batch_head * queries + query] = empty ? -INFINITY : (reference[j] + log2f(all)) / kLog2E;
   }
 }
 
 // --- backward ---
 
-// delta = d_out . out, a warp for each query of a head; rows are [B, M, H] here and [B, H, M] in delta.
-constexpr int kDeltaThreads = 256;
+// What is subtracted from a query's scores, in powers of two (0 for one that attends to nothing, whose scores are all
+// -inf), and delta = d_out . out. A warp for each query of a head; rows are [B, M, H] here and [B, H, M] in the results.
+constexpr int kRowsThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kDeltaThreads)
-    separable_query_attention_bwd_delta_kernel(const T* out, const T* d_out, float* delta, int64_t rows, int queries,
+__global__ void __launch_bounds__(kRowsThreads)
+    separable_query_attention_bwd_rows_kernel(const T* out, const T* d_out, const float* lse,
+ float* reference, float* delta, int64_t rows, int queries,
                                                int heads, int head_dim) {
-  const int64_t row = int64_t{blockIdx.x} * (kDeltaThreads / 32) + threadIdx.x / 32;
+  const int64_t row = int64_t{blockIdx.x} * (kRowsThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   float total = 0.0f;
   for (int channel = static_cast<int>(threadIdx.x) % 32; channel < head_dim; channel += 32)
     total += to_float(out[row * head_dim + channel]) * to_float(d_out[row * head_dim + channel]);
   for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(kWholeWarp, total, lanes);
   const int64_t head = row % heads, query = row / heads % queries, batch = row / heads / queries;
-  if (threadIdx.x % 32 == 0) delta[(batch * heads + head) * queries + query] = total;
+  const int64_t place = (batch * heads + head) * queries + query;
+  if (threadIdx.x % 32 == 0) delta[place] = total;
+  if (threadIdx.x % 32 == 0) reference[place] = lse[place] == -INFINITY ? 0.0f : lse[place] * kLog2E;
 }
 
-// What forward left and the upstream gradient: d_out [B, M, H, Dv]; lse and delta [B, H, M].
+// d_out [B, M, H, Dv]; reference and delta [B, H, M].
 template <class T>
 struct Saved {
   const T* d_out;
-  const float *lse, *delta;
+  const float *reference, *delta;
 };
-
-// What is subtracted from a query's scores: 0 for one that attends to nothing, whose scores are all -inf.
-__device__ __forceinline__ float reference_of(float lse) { return lse == -INFINITY ? 0.0f : lse * kLog2E; }
 
 constexpr int kBackwardTiles = 2, kBackwardRows = 2 * kBackwardTiles, kWarpRows = 16 * kBackwardTiles;
 constexpr int kBackwardWarps = 4, kBackwardThreads = 32 * kBackwardWarps;
@@ -434,10 +458,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     float factor[kBackwardRows], reference[kBackwardRows], delta[kBackwardRows];
 #pragma unroll
     for (int j = 0; j < kBackwardRows; ++j) {
-      const bool inside = own.query[j] >= 0;
-      factor[j] = inside ? query_factor(at, own.query[j]) : 0.0f;
-      reference[j] = inside ? reference_of(saved.lse[batch_head * queries + own.query[j]]) : INFINITY;
-      delta[j] = inside ? saved.delta[batch_head * queries + own.query[j]] : 0.0f;
+      const bool inside = j < own.inside;
+      const int query = own.first + j * own.step;
+      factor[j] = inside ? query_factor(at, query) : 0.0f;
+      reference[j] = inside ? saved.reference[batch_head * queries + query] : INFINITY;
+      delta[j] = inside ? saved.delta[batch_head * queries + query] : 0.0f;
     }
     DotProducts<T, kBackwardTiles> d_p;
 
@@ -464,14 +489,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         own.over_keys(call, at, table + first, u);
         const float4 added = *reinterpret_cast<const float4*>(bias + buffer * kStream + first);
         const float biases[4] = {added.x, added.y, added.z, added.w};
+        float upstream[kBackwardRows][4];
+        d_p.read(part, upstream);
+        if (call.drops) drop(call, kept_keys(call, at, kBackwardRows, own.first, own.step, key), upstream);
 #pragma unroll
         for (int j = 0; j < kBackwardRows; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const float p = exp2_approx(fmaf(factor[j] * kLog2E, u[j][i], biases[i]) - reference[j]);
-            float upstream = d_p.at(j, part, i);
-            if (call.drops) upstream *= keep(call, at, own.query[j], key + i);
-            const float d_s = p * (upstream - delta[j]);
+            const float d_s = p * (upstream[j][i] - delta[j]);
             // A score of -inf weighs nothing, whatever it is multiplied with.
             d_factor[j] += p == 0.0f ? 0.0f : d_s * u[j][i];
             u[j][i] = factor[j] * d_s;
@@ -483,8 +509,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
           for (int j = 0; j < kBackwardRows; ++j) {
             const float sum = quad_sum(u[j][0] * k.x + u[j][1] * k.y + u[j][2] * k.z + u[j][3] * k.w);
-            if (quarter == j && own.query[j] >= 0)
-              d_x[(group * queries + own.query[j]) * call.channels + channel] += sum;
+            if (quarter == j && j < own.inside)
+              d_x[(group * queries + own.first + j * own.step) * call.channels + channel] += sum;
           }
         }
       }
@@ -495,7 +521,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
   for (int j = 0; j < kBackwardRows; ++j) {
     const float sum = quad_sum(d_factor[j]);
-    if (quarter == 0 && own.query[j] >= 0) d_r[group * queries + own.query[j]] = sum;
+    if (quarter == 0 && j < own.inside) d_r[group * queries + own.first + j * own.step] = sum;
   }
 }
 
@@ -531,9 +557,17 @@ __device__ __forceinline__ void stage_statistics(const Call& call, const Head& a
   const int query = outer * call.columns + at_column;
   const int64_t row = batch_head * call.outers * call.columns + query;
   float* to = statistics + threadIdx.x;
-  to[0] = inside ? query_factor(at, query) : 0.0f;
-  to[kStream] = inside ? reference_of(saved.lse[row]) : INFINITY;
-  to[2 * kStream] = inside ? saved.delta[row] : 0.0f;
+  stage_number(to + 2 * kStream, saved.delta + row, inside);
+  if (inside && at.r != nullptr) {
+    async_copy_word(to, at.r + query);
+  } else {
+    to[0] = 1.0f;
+  }
+  if (inside) {
+    async_copy_word(to + kStream, saved.reference + row);
+  } else {
+    to[kStream] = INFINITY;
+  }
 }
 
 // kStream rows of the upstream gradient, at one outer position and from one column on.
@@ -548,12 +582,29 @@ __device__ __forceinline__ void stage_gradients(const Call& call, const Head& at
   });
 }
 
-// A lane's keys, and the columns' table for a tile of columns: it serves all outer positions.
-struct KeyRows {
-  int first;  // key 8 j after it is row j
-  float bias[kBackwardRows], table[kBackwardRows][kStream / kStep][4], outer[kBackwardRows];
+// The outer tables' sum for each key of a block, as many as it has threads.
+__device__ __forceinline__ void stage_outer_sums(const Call& call, const Head& at, int outer, int first_key,
+                                                 float* sums) {
+  const int key = first_key + static_cast<int>(threadIdx.x);
+  float* to = sums + threadIdx.x;
+  if (call.outer_axes == 1) {
+    stage_number(to, at.form + int64_t{call.channels + outer} * call.keys + key, key < call.keys);
+  } else {
+    *to = key < call.keys ? outer_sum(call, at, outer_entries(call, outer), key) : 0.0f;
+  }
+}
 
-  __device__ KeyRows(const Call& call, const Head& at, int first_key) {
+// A lane's keys, and the columns' table for a tile of columns, which serves all outer positions: it lies in shared
+// memory for want of registers, where each thread reads what it wrote.
+constexpr int kTableVectors = kBackwardRows * (kStream / kStep);  // of a thread
+
+struct KeyRows {
+  float4* table;
+  int first_key, first;  // the block's first; the lane's, whose row j is key 8 j after it
+  float bias[kBackwardRows];
+
+  __device__ KeyRows(const Call& call, const Head& at, int first_key, float4* tables)
+      : table(tables + threadIdx.x), first_key(first_key) {
     first = first_key + static_cast<int>(threadIdx.x) / 32 * kWarpRows + static_cast<int>(threadIdx.x) % 32 / 4;
 #pragma unroll
     for (int j = 0; j < kBackwardRows; ++j) bias[j] = key_bias(call, at, first + 8 * j);
@@ -563,36 +614,40 @@ struct KeyRows {
     const int quarter = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
     for (int part = 0; part < kStream / kStep; ++part) {
+      const int own_column = column + part * kStep + 4 * quarter;
+      const float* entry = at.form + int64_t{call.entries - call.columns + own_column} * call.keys;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at_column = column + part * kStep + 4 * quarter + i;
-        const float* entry = at.form + int64_t{call.entries - call.columns + at_column} * call.keys;
+      for (int j = 0; j < kBackwardRows; ++j) {
+        const int key = first + 8 * j;
+        float four[4];
 #pragma unroll
-        for (int j = 0; j < kBackwardRows; ++j) {
-          const int key = first + 8 * j;
-          table[j][part][i] = at_column < call.columns && key < call.keys ? __ldg(entry + key) : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const bool exists = own_column + i < call.columns && key < call.keys;
+          four[i] = exists ? __ldg(entry + int64_t{i} * call.keys + key) : 0.0f;
         }
+        vector(j, part) = make_float4(four[0], four[1], four[2], four[3]);
       }
     }
   }
 
-  __device__ __forceinline__ void load_outer(const Call& call, const Head& at, const OuterEntries& entries) {
-#pragma unroll
-    for (int j = 0; j < kBackwardRows; ++j) {
-      const int key = first + 8 * j;
-      outer[j] = key < call.keys ? outer_sum(call, at, entries, key) : 0.0f;
-    }
+  __device__ __forceinline__ float4& vector(int row, int part) const {
+    return table[(part * kBackwardRows + row) * static_cast<int>(blockDim.x)];
   }
 
-  // Weights of four queries, from `query` on, of which `inside` are on the grid.
+  // Weights of four queries, from `query` on, of which `inside` are on the grid, with their statistics and the keys'
+  // outer sums.
   __device__ __forceinline__ void weigh(const Call& call, const Head& at, int query, int inside, int part,
-                                        const float* statistics, float (&p)[kBackwardRows][4]) const {
+                                        const float* statistics, const float* sums, float (&p)[kBackwardRows][4]) const {
     const float4 factors = *reinterpret_cast<const float4*>(statistics);
     const float4 references = *reinterpret_cast<const float4*>(statistics + kStream);
 #pragma unroll
     for (int j = 0; j < kBackwardRows; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[j][i] = table[j][part][i] + outer[j];
+      const float4 entries = vector(j, part);
+      const float outer = sums[first - first_key + 8 * j];
+      p[j][0] = entries.x + outer;
+      p[j][1] = entries.y + outer;
+      p[j][2] = entries.z + outer;
+      p[j][3] = entries.w + outer;
     }
     for (int channel = 0; channel < call.channels; ++channel) {
       float data[4];
@@ -626,7 +681,7 @@ struct KeyGradients {
 
 // Gradients of the form and h of a tile of keys in one head, from one part of the queries.
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads, 3)
+__global__ void __launch_bounds__(kBackwardThreads, 2)
     separable_query_attention_bwd_keys_kernel(Call call, QueryParts parts, const T* v, Saved<T> saved,
                                               KeyGradients results) {
   constexpr int pitch = pitch_of<T>(kChunk);
@@ -642,8 +697,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 3)
   const int warp = static_cast<int>(threadIdx.x) / 32, quarter = static_cast<int>(threadIdx.x) % 4;
   const int chunks = (call.head_dim + kChunk - 1) / kChunk, own_pitch = pitch_of<T>(chunks * kChunk);
 
-  float* statistics = shared_memory<float>();
-  T* values = reinterpret_cast<T*>(statistics + 2 * kStatistics);
+  float4* columns = shared_memory<float4>();
+  float* statistics = reinterpret_cast<float*>(columns + kTableVectors * blockDim.x);
+  float* sums = statistics + 2 * kStatistics;
+  T* values = reinterpret_cast<T*>(sums + 2 * blockDim.x);
   T* gradients = values + block_keys * own_pitch;
 
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -663,7 +720,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 3)
       results.outer + ((batch_head * slots + slot) * outer_entry_count - call.channels) * int64_t{call.keys};
   float* d_table = results.table + (batch_head * parts.outer_parts + part.outer_part) * call.columns * call.keys;
 
-  KeyRows own(call, at, first_key);
+  KeyRows own(call, at, first_key, columns);
   float d_bias[kBackwardRows] = {};
   const int tiles = (call.columns + kStream - 1) / kStream;
   const int own_key = own.first + 8 * quarter;  // whose sums over queries this lane writes
@@ -677,31 +734,33 @@ __global__ void __launch_bounds__(kBackwardThreads, 3)
       const int outer = part.first_outer + step / chunks, first = step % chunks * kChunk;
       stage_gradients<kChunk>(call, at, saved, outer, column, first, gradients + step % 2 * kStream * pitch);
       if (first > 0) return;
-      stage_statistics(call, at, saved, batch_head, outer, column, statistics + step / chunks % 2 * kStatistics);
+      const int buffer = step / chunks % 2;
+      stage_statistics(call, at, saved, batch_head, outer, column, statistics + buffer * kStatistics);
+      stage_outer_sums(call, at, outer, first_key, sums + buffer * static_cast<int>(blockDim.x));
     };
     const auto differentiate = [&](int step) {
       const int outer = part.first_outer + step / chunks, chunk = step % chunks;
       if (chunk == 0) d_p.clear();
       d_p.add(values + warp * kWarpRows * own_pitch + chunk * kChunk, own_pitch, gradients + step % 2 * kStream * pitch);
       if (chunk + 1 < chunks) return;
-      const OuterEntries entries = outer_entries(call, outer);
-      own.load_outer(call, at, entries);
+      const int buffer = step / chunks % 2;
       float d_position[kBackwardRows] = {};
 #pragma unroll
       for (int stretch = 0; stretch < kStream / kStep; ++stretch) {
         const int first = stretch * kStep + 4 * quarter, query = outer * call.columns + column + first;
         const int inside = call.columns - column - first;
-        const float* statistic = statistics + step / chunks % 2 * kStatistics + first;
+        const float* statistic = statistics + buffer * kStatistics + first;
         float p[kBackwardRows][4];
-        own.weigh(call, at, query, inside, stretch, statistic, p);
+        own.weigh(call, at, query, inside, stretch, statistic, sums + buffer * static_cast<int>(blockDim.x), p);
+        float upstream[kBackwardRows][4];
+        d_p.read(stretch, upstream);
+        if (call.drops) drop(call, kept_queries(call, at, kBackwardRows, query, own.first), upstream);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float factor = statistic[i], delta = statistic[2 * kStream + i];
 #pragma unroll
           for (int j = 0; j < kBackwardRows; ++j) {
-            float upstream = d_p.at(j, stretch, i);
-            if (call.drops) upstream *= keep(call, at, query + i, own.first + 8 * j);
-            const float d_s = p[j][i] * (upstream - delta), d_u = factor * d_s;
+            const float d_s = p[j][i] * (upstream[j][i] - delta), d_u = factor * d_s;
             d_bias[j] += d_s;
             d_position[j] += d_u;
             d_column[j][stretch][i] += d_u;
@@ -724,6 +783,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 3)
           }
         }
       }
+      const OuterEntries entries = outer_entries(call, outer);
 #pragma unroll
       for (int j = 0; j < kBackwardRows; ++j) {
         const float all = quad_sum(d_position[j]);
@@ -778,11 +838,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   const Part part(call, parts, part_index);
   const int warp = static_cast<int>(threadIdx.x) / 32, quarter = static_cast<int>(threadIdx.x) % 4;
 
-  float* statistics = shared_memory<float>();
-  float* scratch = statistics + 2 * kStatistics + warp * Sum::kScratch;
-  T* gradients = reinterpret_cast<T*>(statistics + 2 * kStatistics + warps * Sum::kScratch);
+  float4* columns = shared_memory<float4>();
+  float* statistics = reinterpret_cast<float*>(columns + kTableVectors * blockDim.x);
+  float* sums = statistics + 2 * kStatistics;
+  float* scratch = sums + 2 * blockDim.x + warp * Sum::kScratch;
+  T* gradients = reinterpret_cast<T*>(sums + 2 * blockDim.x + warps * Sum::kScratch);
 
-  KeyRows own(call, at, first_key);
+  KeyRows own(call, at, first_key, columns);
   Sum sum;
   const int tiles = (call.columns + kStream - 1) / kStream;
   for (int tile = part.column_part; tile < tiles; tile += parts.column_parts) {
@@ -792,22 +854,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       const int outer = part.first_outer + step, buffer = step % 2;
       stage_gradients<channels>(call, at, saved, outer, column, first_channel, gradients + buffer * kStream * pitch);
       stage_statistics(call, at, saved, batch_head, outer, column, statistics + buffer * kStatistics);
+      stage_outer_sums(call, at, outer, first_key, sums + buffer * static_cast<int>(blockDim.x));
     };
     const auto differentiate = [&](int step) {
       const int outer = part.first_outer + step, buffer = step % 2;
-      own.load_outer(call, at, outer_entries(call, outer));
 #pragma unroll
       for (int stretch = 0; stretch < kStream / kStep; ++stretch) {
         const int first = stretch * kStep + 4 * quarter, query = outer * call.columns + column + first;
         float p[kBackwardRows][4];
-        own.weigh(call, at, query, call.columns - column - first, stretch, statistics + buffer * kStatistics + first, p);
-        if (call.drops) {
-#pragma unroll
-          for (int j = 0; j < kBackwardRows; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) p[j][i] *= keep(call, at, query + i, own.first + 8 * j);
-          }
-        }
+        own.weigh(call, at, query, call.columns - column - first, stretch, statistics + buffer * kStatistics + first,
+                  sums + buffer * static_cast<int>(blockDim.x), p);
+        if (call.drops) drop(call, kept_queries(call, at, kBackwardRows, query, own.first), p);
         sum.add(p, gradients + (buffer * kStream + stretch * kStep) * pitch, scratch);
       }
     };
@@ -850,6 +907,11 @@ size_t most_shared() {
   return static_cast<size_t>(most);
 }
 
+// Bytes of what blocks that own keys have beside values and gradients: their tables and statistics.
+size_t key_bytes(int warps) {
+  return static_cast<size_t>(warps) * 32 * (kTableVectors * 16 + 2 * 4) + 2 * kStatistics * 4;
+}
+
 // Bytes of the rows that a block of the backward keeps, whole, and of the tiles that it streams.
 template <class T>
 size_t product_bytes(const Call& call, int warps) {
@@ -859,7 +921,7 @@ size_t product_bytes(const Call& call, int warps) {
 
 template <class T>
 Saved<T> saved_of(const SeparableQuerySaved& saved) {
-  return {saved.d_out.as<const T>(), saved.lse.as<const float>(), saved.delta.as<const float>()};
+  return {saved.d_out.as<const T>(), saved.reference.as<const float>(), saved.delta.as<const float>()};
 }
 
 }  // namespace
@@ -879,13 +941,13 @@ Status separable_query_attention_fwd(const SeparableQueryInputs& in, const Tenso
   });
 }
 
-Status separable_query_attention_bwd_delta(const TensorView& out, const TensorView& d_out, const TensorView& delta,
-                                           Stream stream) {
+Status separable_query_attention_bwd_rows(const TensorView& out, const TensorView& d_out, const TensorView& lse,
+                                          const TensorView& reference, const TensorView& delta, Stream stream) {
   const int64_t rows = out.size(0) * out.size(1) * out.size(2);
   return with_floating(out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return launch(separable_query_attention_bwd_delta_kernel<T>, ceil_div(rows, kDeltaThreads / 32), kDeltaThreads, 0,
-                  stream, out.as<const T>(), d_out.as<const T>(), delta.as<float>(), rows, out.size(1), out.size(2),
+    return launch(separable_query_attention_bwd_rows_kernel<T>, ceil_div(rows, kRowsThreads / 32), kRowsThreads, 0,
+                  stream, out.as<const T>(), d_out.as<const T>(), lse.as<const float>(), reference.as<float>(), delta.as<float>(), rows, out.size(1), out.size(2),
                   out.size(3));
   });
 }
@@ -919,7 +981,7 @@ Status separable_query_attention_bwd_keys(const SeparableQueryInputs& in, const 
   return with_floating(in.v.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     int warps = kBackwardWarps;
-    const auto shared = [&] { return 4 * 2 * kStatistics + product_bytes<T>(call, warps); };
+    const auto shared = [&] { return key_bytes(warps) + product_bytes<T>(call, warps); };
     while (warps > 1 && (shared() > most_shared() || (warps - 1) * kWarpRows >= call.keys)) warps /= 2;
     const int64_t blocks = ceil_div(call.keys, warps * kWarpRows) * parts * in.v.size(0) * call.heads;
     return launch(separable_query_attention_bwd_keys_kernel<T>, blocks, 32 * warps, shared(), stream, call, split,
@@ -937,8 +999,8 @@ Status separable_query_attention_bwd_values(const SeparableQueryInputs& in, cons
     constexpr int channels = sizeof(T) == 4 ? kNarrow : kWide;
     using Sum = WeightedSum<T, kBackwardTiles, channels>;
     const int warps = call.keys <= kWarpRows ? 1 : call.keys <= 2 * kWarpRows ? 2 : kBackwardWarps;
-    const size_t shared =
-        4 * (2 * kStatistics + static_cast<size_t>(warps) * Sum::kScratch) + 2 * kStream * pitch_of<T>(channels) * sizeof(T);
+    const size_t shared = key_bytes(warps) + static_cast<size_t>(warps) * Sum::kScratch * 4 +
+                          2 * kStream * pitch_of<T>(channels) * sizeof(T);
     const int64_t blocks = ceil_div(call.keys, warps * kWarpRows) * split.column_parts * split.outer_parts *
                            ceil_div(call.head_dim, channels) * in.v.size(0) * call.heads;
     return launch(separable_query_attention_bwd_values_kernel<T, channels>, blocks, 32 * warps, shared, stream, call,

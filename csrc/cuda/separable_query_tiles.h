@@ -29,8 +29,20 @@ __device__ __forceinline__ int row_at(int place) {
 }
 __device__ __forceinline__ int place_of(int row) { return (row & 17) | (row & 2) << 2 | (row & 12) >> 1; }
 
+// A number for the tile, copied on the side, or zero.
+template <class T>
+__device__ __forceinline__ void stage_number(T* to, const T* from, bool exists) {
+  if (!exists) {
+    *to = T{};
+  } else if constexpr (sizeof(T) == 4) {
+    async_copy_word(to, from);
+  } else {
+    *to = *from;
+  }
+}
+
 // Fills rows of a tile from source(row), an address or nullptr for zeros; so are the words from `valid` on. Whole
-// vectors are copied on the side where addresses allow it.
+// vectors are copied where addresses allow it.
 template <int width, class T, class Source>
 __device__ __forceinline__ void stage(T* tile, int pitch, int rows, int64_t valid, bool aligned, const Source& source) {
   constexpr int vector = 16 / static_cast<int>(sizeof(T)), per_row = width / vector;
@@ -41,7 +53,7 @@ __device__ __forceinline__ void stage(T* tile, int pitch, int rows, int64_t vali
     if (from != nullptr && aligned && first + vector <= valid) {
       async_copy(to, from + first);
     } else {
-      for (int i = 0; i < vector; ++i) to[i] = from != nullptr && first + i < valid ? from[first + i] : T{};
+      for (int i = 0; i < vector; ++i) stage_number(to + i, from + first + i, from != nullptr && first + i < valid);
     }
   }
 }
@@ -215,9 +227,13 @@ struct DotProducts {
     }
   }
 
-  // With row 16 step + 4 quarter + i of the streamed ones.
-  __device__ __forceinline__ float at(int row, int step, int i) const {
-    return sums[row / 2][2 * step + i / 2][row % 2 * 2 + i % 2];
+  // With rows 16 step + 4 quarter to + 3 of the streamed ones.
+  __device__ __forceinline__ void read(int step, float (&d)[2 * tiles][4]) const {
+#pragma unroll
+    for (int j = 0; j < 2 * tiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[j][i] = sums[j / 2][2 * step + i / 2][j % 2 * 2 + i % 2];
+    }
   }
 };
 
@@ -249,7 +265,13 @@ struct DotProducts<float, tiles> {
     }
   }
 
-  __device__ __forceinline__ float at(int row, int step, int i) const { return sums[row][4 * step + i]; }
+  __device__ __forceinline__ void read(int step, float (&d)[2 * tiles][4]) const {
+#pragma unroll
+    for (int j = 0; j < 2 * tiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[j][i] = sums[j][4 * step + i];
+    }
+  }
 };
 
 }  // namespace

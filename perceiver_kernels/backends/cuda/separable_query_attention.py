@@ -60,11 +60,10 @@ def separable_query_attention_bwd(
     """Gradients of the form, v, h, x and r, empty where not needed."""
     needs_form, needs_v, needs_h, needs_x, needs_r = needs
     out, d_out = out.transpose(1, 2).contiguous(), d_out.transpose(1, 2).contiguous()
-    delta = torch.empty_like(lse)
-    runtime.module().separable_query_attention_bwd_delta(
-        describe(out), describe(d_out), describe(delta), runtime.stream(out)
-    )
-    inputs, saved = _inputs(form, v, h, x, r, mask), (d_out, lse, delta)
+    reference, delta = torch.empty_like(lse), torch.empty_like(lse)
+    rows = describe_all((out, d_out, lse.contiguous(), reference, delta))
+    runtime.module().separable_query_attention_bwd_rows(*rows, runtime.stream(out))
+    inputs, saved = _inputs(form, v, h, x, r, mask), (d_out, reference, delta)
     call = describe_all(inputs), list(grid), (dropout_p, seed, 0), describe_all(saved)
     d_form, d_h, d_v, d_x, d_r = form.new_empty(0), form.new_empty(0), v.new_empty(0), None, None
     if needs_form or needs_h:
@@ -80,16 +79,20 @@ def separable_query_attention_bwd(
 def _inputs(
     form: Tensor, v: Tensor, h: Tensor | None, x: Tensor | None, r: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """As kernels take them: small inputs contiguous, x in its strides, zeros for the keys that nothing attends to."""
+    """form, v, the keys' bias, x and r as kernels take them: small ones contiguous, and what a key is that nothing
+    attends to is said by zeros and a bias of -inf."""
+    bias = None if h is None else h * math.log2(math.e)
     if mask is not None:
-        form, v = form.masked_fill(~mask[:, None, None], 0.0), v.masked_fill(~mask[:, None, :, None], 0.0)
+        left_out = ~mask[:, None]
+        form, v = form.masked_fill(left_out[:, :, None], 0.0), v.masked_fill(left_out[..., None], 0.0)
+        bias = form.new_zeros(1, v.shape[1], 1) if bias is None else bias
+        bias = bias.masked_fill(left_out, -torch.inf)
     return (
         form.contiguous(),
         v.contiguous(),
-        None if h is None else h.contiguous(),
+        None if bias is None else bias.contiguous(),
         x,
         None if r is None else r.contiguous(),
-        None if mask is None else mask.contiguous(),
     )
 
 
