@@ -112,9 +112,10 @@ __device__ __forceinline__ float outer_sum(const Call& call, const Head& at, con
   return total;
 }
 
-// Which weights dropout keeps, a bit each: four keys from `key` on, a multiple of 4, of `rows` queries `step` apart. One
-// call of Philox in the code, in a loop: it is long.
-__device__ __forceinline__ uint32_t kept_keys(const Call& call, const Head& at, int rows, int query, int step, int key) {
+// Which weights dropout keeps, a bit each: four keys from `key` on, a multiple of 4, of `rows` queries `step` apart.
+// One call of Philox in the code, in a loop: it is long.
+__device__ __forceinline__ uint32_t kept_keys(const Call& call, const Head& at, int rows, int query, int step,
+                                              int key) {
   const uint32_t row = static_cast<uint32_t>(at.head * call.outers * call.columns + query);
   uint32_t bits = 0;
 #pragma unroll 1
@@ -133,8 +134,8 @@ __device__ __forceinline__ uint32_t kept_queries(const Call& call, const Head& a
   uint32_t bits = 0;
 #pragma unroll 1
   for (int i = 0; i < 4 * rows; ++i) {
-    const float scale = keep_scale(call.dropout, static_cast<uint32_t>(at.batch), row + static_cast<uint32_t>(i % 4),
-                                   key + i / 4 * 8);
+    const float scale =
+        keep_scale(call.dropout, static_cast<uint32_t>(at.batch), row + static_cast<uint32_t>(i % 4), key + i / 4 * 8);
     bits |= static_cast<uint32_t>(scale != 0) << i;
   }
   return bits;
@@ -151,8 +152,8 @@ __device__ __forceinline__ void drop(const Call& call, uint32_t kept, float (&p)
 
 // --- blocks that own queries ---
 
-// How a block's rows lie on the grid: in a plane, where a lane's rows are outer positions at one column, so that a table
-// entry of the column serves them all; or in a line of columns at one outer position.
+// How a block's rows lie on the grid: in a plane, where a lane's rows are outer positions at one column, so that a
+// table entry of the column serves them all; or in a line of columns at one outer position.
 struct QueryTiling {
   bool plane;
   int warps, outer_warps, lane_rows;
@@ -201,9 +202,8 @@ __device__ __forceinline__ void stage_tables(const Call& call, const Head& at, c
   const auto copy = [&](float* to, int rows, const auto& source) {
     stage<kStream>(to, kTablePitch, rows, valid, call.aligned_form, source);
   };
-  copy(tables, tiling.column_extent, [&](int i) {
-    return column + i < call.columns ? entry(call.entries - call.columns + column + i) : nullptr;
-  });
+  copy(tables, tiling.column_extent,
+       [&](int i) { return column + i < call.columns ? entry(call.entries - call.columns + column + i) : nullptr; });
   float* outers = tables + tiling.column_extent * kTablePitch;
   if (call.outer_axes == 1) {
     copy(outers, tiling.outer_extent,
@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(threads, blocks)
   const auto load = [&](int step) {
     const int key = step * kStream, buffer = step % 2;
     stage_tables(call, at, tiling, outer, column, key, tables + buffer * table_floats, bias + buffer * kStream);
-    stage<channels>(values + buffer * kStream * pitch, pitch, kStream, call.head_dim - first_channel,
-                    call.aligned_rows, [&](int i) {
+    stage<channels>(values + buffer * kStream * pitch, pitch, kStream, call.head_dim - first_channel, call.aligned_rows,
+                    [&](int i) {
                       const int64_t row = key + row_at(i);
                       return row < call.keys ? v + row * call.head_dim : nullptr;
                     });
@@ -384,14 +384,14 @@ __global__ void __launch_bounds__(threads, blocks)
 // --- backward ---
 
 // What is subtracted from a query's scores, in powers of two (0 for one that attends to nothing, whose scores are all
-// -inf), and delta = d_out . out. A warp for each query of a head; rows are [B, M, H] here and [B, H, M] in the results.
+// -inf), and delta = d_out . out. A warp for each query of a head; rows are [B, M, H] here and [B, H, M] in the
+// results.
 constexpr int kRowsThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kRowsThreads)
-    separable_query_attention_bwd_rows_kernel(const T* out, const T* d_out, const float* lse,
- float* reference, float* delta, int64_t rows, int queries,
-                                               int heads, int head_dim) {
+    separable_query_attention_bwd_rows_kernel(const T* out, const T* d_out, const float* lse, float* reference,
+                                              float* delta, int64_t rows, int queries, int heads, int head_dim) {
   const int64_t row = int64_t{blockIdx.x} * (kRowsThreads / 32) + threadIdx.x / 32;
   if (row >= rows) return;
   float total = 0.0f;
@@ -479,7 +479,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const auto differentiate = [&](int step) {
       const int chunk = step % chunks, buffer = step / chunks % 2;
       if (chunk == 0) d_p.clear();
-      d_p.add(gradients + warp * kWarpRows * own_pitch + chunk * kChunk, own_pitch, values + step % 2 * kStream * pitch);
+      d_p.add(gradients + warp * kWarpRows * own_pitch + chunk * kChunk, own_pitch,
+              values + step % 2 * kStream * pitch);
       if (chunk + 1 < chunks) return;
       const float* table = tables + buffer * table_floats;
 #pragma unroll
@@ -637,7 +638,8 @@ struct KeyRows {
   // Weights of four queries, from `query` on, of which `inside` are on the grid, with their statistics and the keys'
   // outer sums.
   __device__ __forceinline__ void weigh(const Call& call, const Head& at, int query, int inside, int part,
-                                        const float* statistics, const float* sums, float (&p)[kBackwardRows][4]) const {
+                                        const float* statistics, const float* sums,
+                                        float (&p)[kBackwardRows][4]) const {
     const float4 factors = *reinterpret_cast<const float4*>(statistics);
     const float4 references = *reinterpret_cast<const float4*>(statistics + kStream);
 #pragma unroll
@@ -741,7 +743,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const auto differentiate = [&](int step) {
       const int outer = part.first_outer + step / chunks, chunk = step % chunks;
       if (chunk == 0) d_p.clear();
-      d_p.add(values + warp * kWarpRows * own_pitch + chunk * kChunk, own_pitch, gradients + step % 2 * kStream * pitch);
+      d_p.add(values + warp * kWarpRows * own_pitch + chunk * kChunk, own_pitch,
+              gradients + step % 2 * kStream * pitch);
       if (chunk + 1 < chunks) return;
       const int buffer = step / chunks % 2;
       float d_position[kBackwardRows] = {};
@@ -771,8 +774,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
           float sum[kBackwardRows] = {};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float datum =
-                i < inside ? __ldg(at.x + (query + i) * call.x_query + channel * call.x_channel) : 0.0f;
+            const float datum = i < inside ? __ldg(at.x + (query + i) * call.x_query + channel * call.x_channel) : 0.0f;
 #pragma unroll
             for (int j = 0; j < kBackwardRows; ++j) sum[j] += p[j][i] * datum;
           }
@@ -947,8 +949,8 @@ Status separable_query_attention_bwd_rows(const TensorView& out, const TensorVie
   return with_floating(out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch(separable_query_attention_bwd_rows_kernel<T>, ceil_div(rows, kRowsThreads / 32), kRowsThreads, 0,
-                  stream, out.as<const T>(), d_out.as<const T>(), lse.as<const float>(), reference.as<float>(), delta.as<float>(), rows, out.size(1), out.size(2),
-                  out.size(3));
+                  stream, out.as<const T>(), d_out.as<const T>(), lse.as<const float>(), reference.as<float>(),
+                  delta.as<float>(), rows, out.size(1), out.size(2), out.size(3));
   });
 }
 
@@ -964,9 +966,9 @@ Status separable_query_attention_bwd_queries(const SeparableQueryInputs& in, con
       const size_t tables = 8 * static_cast<size_t>(tiling.table_rows(call) * kTablePitch + kStream);
       const size_t shared = tables + product_bytes<T>(call, tiling.warps);
       if (shared > most_shared() && warps > 1) continue;
-      return launch(separable_query_attention_bwd_queries_kernel<T>, tiling.blocks() * groups, 32 * tiling.warps, shared,
-                    stream, call, tiling, in.v.as<const T>(), saved_of<T>(saved), d_x.as<float>(), d_r.as<float>(),
-                    groups == 0 ? 0 : in.v.size(0) / groups);
+      return launch(separable_query_attention_bwd_queries_kernel<T>, tiling.blocks() * groups, 32 * tiling.warps,
+                    shared, stream, call, tiling, in.v.as<const T>(), saved_of<T>(saved), d_x.as<float>(),
+                    d_r.as<float>(), groups == 0 ? 0 : in.v.size(0) / groups);
     }
   });
 }

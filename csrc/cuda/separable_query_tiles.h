@@ -1,8 +1,10 @@
-// Tiles of a softmax attention in a warp's registers and a block's shared memory: how they come there, and their products.
+// Tiles of a softmax attention in a warp's registers and a block's shared memory: how they come there, and their
+// products.
 //
-// A warp has rows 8 j + group of its tile (j from 0 to 2 tiles - 1, group = lane / 4), and a lane of the 16 numbers that
-// a product contracts over four that follow each other, 4 quarter to 4 quarter + 3 (quarter = lane % 4): one load of a
-// table, one call of Philox. The tensor cores count them otherwise, so streamed rows stand in their order in memory.
+// A warp has rows 8 j + group of its tile (j from 0 to 2 tiles - 1, group = lane / 4), and a lane of the 16 numbers
+// that a product contracts over four that follow each other, 4 quarter to 4 quarter + 3 (quarter = lane % 4): one load
+// of a table, one call of Philox. The tensor cores count them otherwise, so streamed rows stand in their order in
+// memory.
 #pragma once
 
 #include "elements.h"
@@ -12,9 +14,9 @@ namespace pk {
 namespace cuda {
 namespace {
 
-constexpr int kStep = 16;      // what a product contracts over at once
-constexpr int kStream = 32;    // rows of a streamed tile
-constexpr int kChunk = 64;     // channels of a streamed tile where a product contracts over them
+constexpr int kStep = 16;    // what a product contracts over at once
+constexpr int kStream = 32;  // rows of a streamed tile
+constexpr int kChunk = 64;   // channels of a streamed tile where a product contracts over them
 constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
 
 // Rows of 16-byte vectors, one more than their width, lie in other banks each.
@@ -24,9 +26,7 @@ constexpr int pitch_of(int width) {
 }
 
 // Which of the rows that follow each other stands at a place of a streamed tile, and where row i stands.
-__device__ __forceinline__ int row_at(int place) {
-  return (place & 17) | (place & 6) << 1 | (place & 8) >> 2;
-}
+__device__ __forceinline__ int row_at(int place) { return (place & 17) | (place & 6) << 1 | (place & 8) >> 2; }
 __device__ __forceinline__ int place_of(int row) { return (row & 17) | (row & 2) << 2 | (row & 12) >> 1; }
 
 // A number for the tile, copied on the side, or zero.

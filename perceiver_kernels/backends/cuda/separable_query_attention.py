@@ -37,7 +37,12 @@ def separable_query_attention_fwd(
     lse = form.new_empty(batch, heads, math.prod(grid))
     inputs = _inputs(form, v, h, x, r, mask)
     runtime.module().separable_query_attention_fwd(
-        describe_all(inputs), list(grid), (dropout_p, seed, 0), describe(out), describe(lse), runtime.stream(out)
+        tuple(map(describe, inputs)),
+        list(grid),
+        (dropout_p, seed, 0),
+        describe(out),
+        describe(lse),
+        runtime.stream(out),
     )
     return out.transpose(1, 2), lse
 
@@ -64,7 +69,7 @@ def separable_query_attention_bwd(
     rows = describe_all((out, d_out, lse.contiguous(), reference, delta))
     runtime.module().separable_query_attention_bwd_rows(*rows, runtime.stream(out))
     inputs, saved = _inputs(form, v, h, x, r, mask), (d_out, reference, delta)
-    call = describe_all(inputs), list(grid), (dropout_p, seed, 0), describe_all(saved)
+    call = tuple(map(describe, inputs)), list(grid), (dropout_p, seed, 0), describe_all(saved)
     d_form, d_h, d_v, d_x, d_r = form.new_empty(0), form.new_empty(0), v.new_empty(0), None, None
     if needs_form or needs_h:
         d_form, d_h = _bwd_keys(call, form, v, h, mask, grid)
@@ -152,9 +157,8 @@ def _bwd_queries(
     """Gradients of x and r. Where all entries of the batch have the same queries, a block adds them up."""
     shared = all(tensor is None or tensor.shape[0] == 1 for tensor in (x, r))
     groups = min(v.shape[0], 1) if shared else v.shape[0]
-    kind = {"dtype": torch.float32, "device": v.device}
-    d_x = None if wanted_x is None else torch.zeros(groups, *wanted_x.shape[1:], **kind)
-    d_r = None if wanted_r is None else torch.empty(groups, math.prod(grid), **kind)
+    d_x = None if wanted_x is None else wanted_x.new_zeros(groups, *wanted_x.shape[1:])
+    d_r = None if wanted_r is None else wanted_r.new_empty(groups, math.prod(grid))
     if d_x is not None or d_r is not None:
         runtime.module().separable_query_attention_bwd_queries(*call, describe(d_x), describe(d_r), runtime.stream(v))
     return (
