@@ -98,8 +98,9 @@ __device__ __forceinline__ OuterEntries outer_entries(const Call& call, int oute
   for (int axis = 0; axis < kMaxOuterAxes; ++axis) {
     if (axis >= call.outer_axes) break;
     first -= call.sizes[axis];
-    result.entries[axis] = first + outer % call.sizes[axis];
-    outer /= call.sizes[axis];
+    const bool last = axis + 1 == call.outer_axes;
+    result.entries[axis] = first + (last ? outer : outer % call.sizes[axis]);
+    if (!last) outer /= call.sizes[axis];
   }
   return result;
 }
@@ -935,7 +936,7 @@ Status separable_query_attention_fwd(const SeparableQueryInputs& in, const Tenso
   return with_floating(in.v.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(T) == 4) {
-      return run_fwd<T, 2, kNarrow, 4, 3>(call, in, out, lse, stream);
+      return run_fwd<T, 2, kNarrow, 4, 2>(call, in, out, lse, stream);
     } else {
       return call.head_dim <= kNarrow ? run_fwd<T, 4, kNarrow, 4, 2>(call, in, out, lse, stream)
                                       : run_fwd<T, 2, kWide, 8, 1>(call, in, out, lse, stream);
