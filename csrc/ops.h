@@ -60,6 +60,34 @@ struct LatentInputs {
   Dropout dropout;
 };
 
+// Inputs of separable_query_attention, all but x contiguous. Keys that nothing attends to are zeros in form and v. A
+// dropout row is head * M + query, M the grid's size.
+struct SeparableQueryInputs {
+  TensorView form;  // [B|1, H, c + sum of S_k, N]: k, then the tables
+  TensorView v;     // [B, H, N, Dv]
+  TensorView bias;  // [B|1, H, N] or undefined: h in powers of two, -inf where nothing attends to the key
+  TensorView x;     // [B|1, M, c] or undefined
+  TensorView r;     // [B|1, M] or undefined
+  std::vector<int64_t> grid;
+  Dropout dropout;
+};
+
+// What its backward needs besides, contiguous.
+struct SeparableQuerySaved {
+  TensorView d_out;      // [B, M, H, Dv]
+  TensorView reference;  // [B, H, M], lse in powers of two, 0 where it is -inf
+  TensorView delta;      // [B, H, M], d_out . out
+};
+
+// Sums of column_parts * outer_parts parts of the queries, which the caller adds up; data and outer are zeros to begin
+// with. slots: column_parts for two axes, else all parts.
+struct SeparableQueryKeyGradients {
+  TensorView data;   // [B, H, parts, c, N]
+  TensorView outer;  // [B, H, slots, sum of S_k but the last, N]
+  TensorView table;  // [B, H, outer_parts, last S_k, N]
+  TensorView h;      // [B, H, parts, N]
+};
+
 struct LatentOutputs {
   TensorView out;  // [B, H, N, Dv], channels contiguous
   TensorView lse;  // [B, H, N], contiguous
@@ -132,6 +160,20 @@ Status latent_attention_fwd(const LatentInputs&, const LatentOutputs&, Stream);
 // statistics: [B, H, N rounded up to a multiple of 64, 2], float32, to work in.
 Status latent_attention_bwd(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
                             const TensorView& statistics, const LatentGradients&, Stream);
+
+// out [B, M, H, Dv], lse [B, H, M].
+Status separable_query_attention_fwd(const SeparableQueryInputs&, const TensorView& out, const TensorView& lse, Stream);
+// reference and delta [B, H, M], of lse and of out and d_out [B, M, H, Dv].
+Status separable_query_attention_bwd_rows(const TensorView& out, const TensorView& d_out, const TensorView& lse,
+                                          const TensorView& reference, const TensorView& delta, Stream);
+// d_x [groups, M, c], zeros to begin with, and d_r [groups, M], or undefined: B / groups entries of the batch share them.
+Status separable_query_attention_bwd_queries(const SeparableQueryInputs&, const SeparableQuerySaved&,
+                                             const TensorView& d_x, const TensorView& d_r, Stream);
+Status separable_query_attention_bwd_keys(const SeparableQueryInputs&, const SeparableQuerySaved&,
+                                          const SeparableQueryKeyGradients&, Stream);
+// d_v [B, H, column_parts, outer_parts, N, Dv], float32: sums of parts of the queries.
+Status separable_query_attention_bwd_values(const SeparableQueryInputs&, const SeparableQuerySaved&,
+                                            const TensorView& d_v, Stream);
 
 }  // namespace cuda
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,9 @@ class Figures:
         shuffles: SHFL in that loop.
         tensor_core: HMMA, HGMMA and the like in the whole code.
         operations: how often each operation occurs in the whole code.
+        shortest: instructions of the shortest way round the smallest loop that has the most exponentials, and how many
+            it meets: what pairs cost where nothing rare happens. A loop within counts once, or where it may be skipped
+            not at all.
     """
 
     registers: int
@@ -77,10 +81,15 @@ class Figures:
     shuffles: int
     tensor_core: int
     operations: dict[str, int]
+    shortest: tuple[int, int]
 
     @property
     def per_pair(self) -> float:
         return self.loop / self.exponentials
+
+    @property
+    def per_pair_at_best(self) -> float:
+        return self.shortest[0] / self.shortest[1]
 
 
 def figures(build: Build) -> Figures:
@@ -213,6 +222,42 @@ def innermost_loops(instructions: list[tuple[str, str]], labels: dict[str, int])
     return [[operation for operation, _ in instructions[start:end] if operation != "NOP"] for start, end in innermost]
 
 
+BRANCH = re.compile(r"/\s+(@\S+\s+)?(BRA|CALL)\S*\s+([!~]?\w+, )?`\((\.L_x_\d+)\)")
+
+
+def shortest_round(assembly: str) -> tuple[int, int]:
+    """Figures.shortest; the way leads through the loop's first block with the most exponentials."""
+    instructions, labels = read(assembly)
+    following: list[list[int]] = []
+    for line in filter(INSTRUCTION.match, assembly.splitlines()):
+        at, branch = len(following), BRANCH.search(line)
+        leaves = branch and branch[2] == "BRA" and not (branch[1] or branch[3])
+        following.append([] if leaves else [at + 1])
+        following[at] += [labels[branch[4]]] if branch else []
+    weights = [int(operation.startswith("MUFU.EX2")) for operation, _ in instructions]
+    loops = [(to, at + 1) for at, targets in enumerate(following) for to in targets if to <= at]
+    start, end = max(loops, key=lambda loop: (sum(weights[slice(*loop)]), loop[0] - loop[1]), default=(0, 0))
+    borders = {start, end, *labels.values(), *(at + 1 for at, targets in enumerate(following) if targets != [at + 1])}
+    blocks = list(itertools.pairwise(sorted(at for at in borders if start <= at <= end)))
+    busiest = max(blocks, key=lambda block: sum(weights[slice(*block)]), default=(0, 0))[0]
+
+    def way(source: int, target: int) -> list[int]:
+        before, queue = {source: source}, [source]
+        for at in queue:
+            new = [to for to in following[at] if to < len(following) and to not in before]
+            before |= dict.fromkeys(new, at)
+            queue += new
+        back = [target]
+        while back[-1] != source:
+            back.append(before[back[-1]])
+        return back
+
+    if not any(weights[start:end]):
+        return 0, 0
+    taken = [*way(start, busiest)[1:], *way(busiest, end - 1)]
+    return sum(instructions[at][0] != "NOP" for at in taken), sum(weights[at] for at in taken)
+
+
 def count(operations: list[str], prefix: str) -> int:
     return sum(operation.startswith(prefix) for operation in operations)
 
@@ -237,6 +282,7 @@ def _read_figures(assembly: str, registers: int, shared: int) -> Figures:
         shuffles=count(loop, "SHFL"),
         tensor_core=count(operations, "HMMA") + count(operations, "HGMMA") + count(operations, "IMMA"),
         operations=dict(Counter(operations)),
+        shortest=shortest_round(assembly),
     )
 
 

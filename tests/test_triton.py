@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine_code import busiest_loop, read
+from machine_code import busiest_loop, read, shortest_round
 from shapes import device_of
 
 import perceiver_kernels as pk
@@ -154,6 +154,27 @@ ASSEMBLY = """
 
 def test_the_reader_finds_the_innermost_loop_with_exponentials() -> None:
     assert busiest_loop(*read(ASSEMBLY)) == ["MUFU.EX2", "FADD", "BRA"]
+
+
+ROUNDS = """
+.L_x_0:
+        /*0000*/                   LDS R2, [R2] ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   MUFU.EX2 R3, R3 ;
+        /*0030*/               @P1 BRA P2, `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+.L_x_3:
+        /*0070*/               @P3 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_the_shortest_way_round_a_loop_meets_its_exponentials_and_skips_what_it_may() -> None:
+    assert shortest_round(ROUNDS) == (5, 2)  # and neither the inner loop nor the branch to its end
 
 
 def test_tf32_is_read_however_it_was_set() -> None:

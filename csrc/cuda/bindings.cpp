@@ -23,6 +23,15 @@ void run(const Call& call) {
   if (status.code != 0) throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
 }
 
+// (form, v, bias, x, r) and (d_out, reference, delta).
+pk::SeparableQueryInputs query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                      const py::tuple& dropout) {
+  return {view(inputs[0]),        view(inputs[1]), view(inputs[2]), view(inputs[3]), view(inputs[4]), grid,
+          pk::dropout_of(dropout)};
+}
+
+pk::SeparableQuerySaved query_saved(const py::tuple& saved) { return {view(saved[0]), view(saved[1]), view(saved[2])}; }
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -52,12 +61,12 @@ PYBIND11_MODULE(_cuda, module) {
                });
              });
 
-  module.def("latent_attention_fwd", [](const py::tuple& inputs, double scale, const py::tuple& outputs,
-                                        uintptr_t stream) {
-    const pk::LatentInputs latent{view(inputs[0]), view(inputs[1]), view(inputs[2]), scale, {}};
-    const pk::LatentOutputs results{view(outputs[0]), view(outputs[1])};
-    run([&] { return pk::cuda::latent_attention_fwd(latent, results, stream_at(stream)); });
-  });
+  module.def("latent_attention_fwd",
+             [](const py::tuple& inputs, double scale, const py::tuple& outputs, uintptr_t stream) {
+               const pk::LatentInputs latent{view(inputs[0]), view(inputs[1]), view(inputs[2]), scale, {}};
+               const pk::LatentOutputs results{view(outputs[0]), view(outputs[1])};
+               run([&] { return pk::cuda::latent_attention_fwd(latent, results, stream_at(stream)); });
+             });
   module.def("latent_attention_bwd", [](const py::tuple& inputs, double scale, const py::tuple& saved,
                                         const py::handle& d_out, const py::handle& statistics,
                                         const py::tuple& gradients, uintptr_t stream) {
@@ -68,5 +77,50 @@ PYBIND11_MODULE(_cuda, module) {
     run([&] {
       return pk::cuda::latent_attention_bwd(latent, results, d_out_view, statistics_view, d_inputs, stream_at(stream));
     });
+  });
+
+  module.def("separable_query_attention_fwd",
+             [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
+                const py::handle& out, const py::handle& lse, uintptr_t stream) {
+               const auto in = query_inputs(inputs, grid, dropout);
+               const auto out_view = view(out), lse_view = view(lse);
+               run([&] { return pk::cuda::separable_query_attention_fwd(in, out_view, lse_view, stream_at(stream)); });
+             });
+  module.def("separable_query_attention_bwd_rows",
+             [](const py::handle& out, const py::handle& d_out, const py::handle& lse, const py::handle& reference,
+                const py::handle& delta, uintptr_t stream) {
+               const auto out_view = view(out), d_out_view = view(d_out), lse_view = view(lse);
+               const auto reference_view = view(reference), delta_view = view(delta);
+               run([&] {
+                 return pk::cuda::separable_query_attention_bwd_rows(out_view, d_out_view, lse_view, reference_view,
+                                                                     delta_view, stream_at(stream));
+               });
+             });
+  module.def("separable_query_attention_bwd_queries",
+             [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
+                const py::tuple& saved, const py::handle& d_x, const py::handle& d_r, uintptr_t stream) {
+               const auto in = query_inputs(inputs, grid, dropout);
+               const auto left = query_saved(saved);
+               const auto d_x_view = view(d_x), d_r_view = view(d_r);
+               run([&] {
+                 return pk::cuda::separable_query_attention_bwd_queries(in, left, d_x_view, d_r_view,
+                                                                        stream_at(stream));
+               });
+             });
+  module.def("separable_query_attention_bwd_keys", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                                      const py::tuple& dropout, const py::tuple& saved,
+                                                      const py::tuple& results, uintptr_t stream) {
+    const auto in = query_inputs(inputs, grid, dropout);
+    const auto left = query_saved(saved);
+    const pk::SeparableQueryKeyGradients out{view(results[0]), view(results[1]), view(results[2]), view(results[3])};
+    run([&] { return pk::cuda::separable_query_attention_bwd_keys(in, left, out, stream_at(stream)); });
+  });
+  module.def("separable_query_attention_bwd_values", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                                        const py::tuple& dropout, const py::tuple& saved,
+                                                        const py::handle& d_v, uintptr_t stream) {
+    const auto in = query_inputs(inputs, grid, dropout);
+    const auto left = query_saved(saved);
+    const auto d_v_view = view(d_v);
+    run([&] { return pk::cuda::separable_query_attention_bwd_values(in, left, d_v_view, stream_at(stream)); });
   });
 }

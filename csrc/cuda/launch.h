@@ -23,8 +23,8 @@ Status launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t
               const Arguments&... arguments) {
   if (blocks == 0) return {};
   if (shared > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return status_of(error);
   }
   cudaLaunchConfig_t configuration{};

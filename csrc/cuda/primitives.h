@@ -36,6 +36,11 @@ __device__ __forceinline__ void async_copy_or_zeros(void* shared, const void* gl
                : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void async_copy_word(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all of this thread's groups but the `pending` latest have arrived; other threads still need __syncthreads.
@@ -52,7 +57,9 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
 }
 
 // Makes initialised barriers known to bulk copies; __syncthreads makes them known to other threads.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");

@@ -31,16 +31,17 @@ OP = "separable_query_attention"
 MAX_AXES = 4
 MAX_CHANNELS = 128
 MAX_ROWS = 2**31  # counted in 32 bits
-TRITON_MAX_HEAD_DIM = 1024
+GPU_MAX_HEAD_DIM = 1024
 
-declare_gpu(
-    OP,
-    "triton",
-    compute_dtypes=(torch.float32,),
-    data_dtypes=GPU_DTYPES,
-    axes=(1, MAX_AXES),
-    channels=(1, TRITON_MAX_HEAD_DIM),
-)
+for backend in ("cuda", "triton"):
+    declare_gpu(
+        OP,
+        backend,
+        compute_dtypes=(torch.float32,),
+        data_dtypes=GPU_DTYPES,
+        axes=(1, MAX_AXES),
+        channels=(1, GPU_MAX_HEAD_DIM),
+    )
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 

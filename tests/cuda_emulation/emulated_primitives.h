@@ -40,6 +40,12 @@ inline void async_copy_or_zeros(void* shared, const void* global, bool exists) {
   async_copy(shared, exists ? global : zeros);
 }
 
+inline void async_copy_word(void* shared, const void* global) {
+  emulation::must_be_aligned(shared, 4, "a copy's target");
+  emulation::must_be_aligned(global, 4, "a copy's source");
+  emulation::state().now->uncommitted.push_back({shared, global, 4});
+}
+
 inline void async_commit() {
   auto& fiber = *emulation::state().now;
   fiber.groups.push_back(std::move(fiber.uncommitted));

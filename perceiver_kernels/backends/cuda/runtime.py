@@ -51,3 +51,8 @@ def devices_if_forced() -> tuple[str, ...]:
 def stream(tensor: Tensor) -> int:
     """The address of torch's current stream on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many blocks of threads the tensor's GPU runs at once, at least; the emulation stands for a small one."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
