@@ -198,7 +198,7 @@ constexpr int kTablePitch = kStream + 16;  // two rows of four lanes each in ban
 
 __device__ __forceinline__ void stage_tables(const Call& call, const Head& at, const QueryTiling& tiling, int outer,
                                              int column, int key, float* tables, float* bias) {
-  const int64_t valid = call.keys - key;
+  const int valid = call.keys - key;
   const auto entry = [&](int index) { return at.form + int64_t{index} * call.keys + key; };
   const auto copy = [&](float* to, int rows, const auto& source) {
     stage<kStream>(to, kTablePitch, rows, valid, call.aligned_form, source);
@@ -401,8 +401,9 @@ __global__ void __launch_bounds__(kRowsThreads)
   for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(kWholeWarp, total, lanes);
   const int64_t head = row % heads, query = row / heads % queries, batch = row / heads / queries;
   const int64_t place = (batch * heads + head) * queries + query;
-  if (threadIdx.x % 32 == 0) delta[place] = total;
-  if (threadIdx.x % 32 == 0) reference[place] = lse[place] == -INFINITY ? 0.0f : lse[place] * kLog2E;
+  if (threadIdx.x % 32 != 0) return;
+  delta[place] = total;
+  reference[place] = lse[place] == -INFINITY ? 0.0f : lse[place] * kLog2E;
 }
 
 // d_out [B, M, H, Dv]; reference and delta [B, H, M].
@@ -714,13 +715,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     });
   }
 
-  const int outer_entry_count = call.entries - call.columns - call.channels;
+  const int64_t outer_entry_count = call.entries - call.columns - call.channels;
   const int slots = call.outer_axes == 1 ? parts.column_parts : all_parts;
   const int slot = call.outer_axes == 1 ? part.column_part : part_index;
   float* d_data = results.data + (batch_head * all_parts + part_index) * call.channels * call.keys;
-  // Entries count from the form's first one.
-  float* d_outer =
-      results.outer + ((batch_head * slots + slot) * outer_entry_count - call.channels) * int64_t{call.keys};
+  float* d_outer = results.outer + (batch_head * slots + slot) * outer_entry_count * call.keys;
   float* d_table = results.table + (batch_head * parts.outer_parts + part.outer_part) * call.columns * call.keys;
 
   KeyRows own(call, at, first_key, columns);
@@ -793,7 +792,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         if (quarter != j || own_key >= call.keys) continue;
 #pragma unroll
         for (int axis = 0; axis < kMaxOuterAxes; ++axis)
-          if (axis < call.outer_axes) d_outer[int64_t{entries.entries[axis]} * call.keys + own_key] += all;
+          if (axis < call.outer_axes)
+            d_outer[int64_t{entries.entries[axis] - call.channels} * call.keys + own_key] += all;
       }
     };
     pipeline(max(part.end_outer - part.first_outer, 0) * chunks, load, differentiate);

@@ -42,15 +42,17 @@ __device__ __forceinline__ void stage_number(T* to, const T* from, bool exists) 
 }
 
 // Fills rows of a tile from source(row), an address or nullptr for zeros; so are the words from `valid` on. Whole
-// vectors are copied where addresses allow it.
+// vectors are copied where addresses allow it. A thread keeps to one vector of all its rows.
 template <int width, class T, class Source>
-__device__ __forceinline__ void stage(T* tile, int pitch, int rows, int64_t valid, bool aligned, const Source& source) {
+__device__ __forceinline__ void stage(T* tile, int pitch, int rows, int valid, bool aligned, const Source& source) {
   constexpr int vector = 16 / static_cast<int>(sizeof(T)), per_row = width / vector;
-  for (int at = static_cast<int>(threadIdx.x); at < rows * per_row; at += static_cast<int>(blockDim.x)) {
-    const int row = at / per_row, first = at % per_row * vector;
+  static_assert(32 % per_row == 0, "a block's threads are whole rows");
+  const int first = static_cast<int>(threadIdx.x % per_row) * vector;
+  const bool whole = aligned && first + vector <= valid;
+  for (int row = static_cast<int>(threadIdx.x / per_row); row < rows; row += static_cast<int>(blockDim.x / per_row)) {
     const T* from = source(row);
     T* to = tile + row * pitch + first;
-    if (from != nullptr && aligned && first + vector <= valid) {
+    if (whole && from != nullptr) {
       async_copy(to, from + first);
     } else {
       for (int i = 0; i < vector; ++i) stage_number(to + i, from + first + i, from != nullptr && first + i < valid);
