@@ -124,6 +124,23 @@ namespace cuda {
 
 Status fourier_encode_grid(const FourierTables&, const TensorView& data, const TensorView& out, Stream);
 
+// Separable attention where a and the tables are one array, the form [B|1, c + S_1 + ... + S_A, R]. It and all arrays
+// below are contiguous unless strides are spoken of; x, r, mask and dropout are as in SeparableInputs, float64
+// excluded.
+struct SeparableCall {
+  TensorView form, x, r, mask;
+  Dropout dropout;
+};
+
+// d_x [B, S_1, ..., S_A, c] in x's dtype and d_r [B, S_1, ..., S_A], each undefined where it is not wanted. d_sums has
+// the form's entries; statistics [B, 4, padded R]: log2(e) lse rounded, the factor f that this took from the weights,
+// f delta, f d_total.
+Status separable_attention_bwd_tokens(const SeparableCall&, const TensorView& workspace, const TensorView& d_sums,
+                                      const TensorView& statistics, const TensorView& d_x, const TensorView& d_r,
+                                      Stream);
+// How many floats it works in, perhaps none.
+int64_t separable_attention_bwd_tokens_workspace(const SeparableCall&, bool needs_x, bool needs_r);
+
 }  // namespace cuda
 
 // --- on a CPU ---

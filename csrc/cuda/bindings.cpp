@@ -20,8 +20,12 @@ void run(const Call& call) {
     const py::gil_scoped_release unlocked;
     status = call();
   }
-  if (status.code != 0)
-    throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
+  if (status.code != 0) throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
+}
+
+// form, x, r, mask.
+pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple& dropout) {
+  return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), pk::dropout_of(dropout)};
 }
 
 }  // namespace
@@ -39,5 +43,21 @@ PYBIND11_MODULE(_cuda, module) {
     const pk::FourierTables features{views(tables), sections};
     const auto data_view = view(data), out_view = view(out);
     run([&] { return pk::cuda::fourier_encode_grid(features, data_view, out_view, stream_at(stream)); });
+  });
+
+  module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
+                                                            bool needs_x, bool needs_r) {
+    return pk::cuda::separable_attention_bwd_tokens_workspace(separable_call(tensors, dropout), needs_x, needs_r);
+  });
+  module.def("separable_attention_bwd_tokens", [](const py::tuple& tensors, const py::tuple& dropout,
+                                                  const py::handle& workspace, const py::handle& d_sums,
+                                                  const py::handle& statistics, const py::handle& d_x,
+                                                  const py::handle& d_r, uintptr_t stream) {
+    const auto call = separable_call(tensors, dropout);
+    const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+    const auto of_x = view(d_x), of_r = view(d_r);
+    run([&] {
+      return pk::cuda::separable_attention_bwd_tokens(call, memory, upstream, of_rows, of_x, of_r, stream_at(stream));
+    });
   });
 }
