@@ -26,52 +26,67 @@ template <class T>
 using PerRow = T[kRowsPerThread];
 using Strip = float[kRowsPerThread][kColumns];
 
+// A number that all lanes have, in a form that the compiler knows it of: then it takes no register of each.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
+
 // What a thread does. A block's rows that do not exist read as the last one that does, and leave sums that nobody reads.
 struct Share {
-  int64_t batch;
-  int warp, lane, group, part, first_strip, last_strip, first, last;  // strips; the warp's outer positions
-  PerRow<int> row, read_row;
-  int64_t slot;  // of the block
+  int lane, warp, batch, slot, part, group, first_strip, last_strip, first, last;  // slot: of the batch entry; strips;
+  PerRow<int> row, read_row;                                                       // the warp's outer positions
 
   __device__ explicit Share(const RowsTask& task) {
     const Grid& grid = task.grid;
     const Split& split = task.split;
-    warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / 32, 0);  // so that the compiler sees that lanes agree
     lane = static_cast<int>(threadIdx.x) % 32;
-    const int row_blocks = grid.row_blocks(), block = static_cast<int>(blockIdx.x);
-    const int in_batch = block / row_blocks % split.slots();
-    batch = block / row_blocks / split.slots();
-    slot = batch * split.slots() + in_batch;
-    group = in_batch / split.parts;
-    part = in_batch % split.parts;
+    warp = uniform(static_cast<int>(threadIdx.x) / 32);
+    const int row_blocks = grid.row_blocks(), unit = uniform(static_cast<int>(blockIdx.x) / row_blocks);
+    batch = uniform(unit / split.slots());
+    slot = unit - batch * split.slots();
+    group = uniform(slot / split.parts);
+    part = slot - group * split.parts;
     first_strip = group * split.group_size;
     last_strip = min(first_strip + split.group_size, grid.strips);
     const int from = part * split.part_size, count = min(split.part_size, grid.outer - from);
-    first = from + count * warp / split.warps;
-    last = from + count * (warp + 1) / split.warps;
+    first = uniform(from + count * warp / split.warps);
+    last = uniform(from + count * (warp + 1) / split.warps);
+    const int first_row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kBlockRows;
     for (int k = 0; k < kRowsPerThread; ++k) {
-      row[k] = block % row_blocks * kBlockRows + k * 32 + lane;
+      row[k] = first_row + k * 32 + lane;
       read_row[k] = min(row[k], grid.rows - 1);
     }
   }
 
+  __device__ TileRange tiles(const RowsTask& task) const {
+    const Grid& grid = task.grid;
+    return {task.tiles + int64_t{batch} * grid.tile_rows() * grid.tile_floats(), grid.tile_floats(), grid.outer, task.split.chunk,
+            first_strip, last_strip, first, last};
+  }
+  __device__ int64_t slot_of_all(const RowsTask& task) const { return int64_t{batch} * task.split.slots() + slot; }
   __device__ int64_t outer_slot(const RowsTask& task) const {
-    return task.grid.outer_axes > 1 ? slot * task.split.warps + warp : batch * task.split.groups + group;
+    if (task.grid.outer_axes > 1) return slot_of_all(task) * task.split.warps + warp;
+    return int64_t{batch} * task.split.groups + group;
   }
 };
 
 // --- forms and their sums ---
 
-// An array [entries, rows] at this thread's rows.
+// An array [entries, rows] at this thread's rows, the second `next` elements after the first.
 template <class T>
 struct RowArray {
-  PerRow<T*> at;
+  T* own;
   int64_t stride;
+  int next;
 
-  __device__ RowArray(T* array, int64_t stride, const PerRow<int>& row) : stride(stride) {
-    for (int k = 0; k < kRowsPerThread; ++k) at[k] = array + row[k];
+  __device__ RowArray(T* array, int stride, const PerRow<int>& row)
+      : own(array + row[0]), stride(stride), next(row[1] - row[0]) {}
+  __device__ T& at(int k, int64_t offset) const { return own[offset + (k ? next : 0)]; }
+  __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
+  // From this entry on.
+  __device__ RowArray from(int64_t entry) const {
+    RowArray result = *this;
+    result.own += entry * stride;
+    return result;
   }
-  __device__ T& operator()(int k, int64_t entry) const { return at[k][entry * stride]; }
 };
 
 // A form's data channels times a factor, in registers where they are few; 0: many.
@@ -209,16 +224,16 @@ __device__ __forceinline__ void add_weighted(const float (&weights)[kRowsPerThre
 template <int columns>
 __device__ __forceinline__ void load_columns(float (&table)[kRowsPerThread][columns], const RowArray<const float>& form,
                                              const Grid& grid, int first, const PerRow<float>& factor, float beyond) {
+  RowArray<const float> entry = form.from(grid.channels + grid.outer_entries + first);
 #pragma unroll
-  for (int j = 0; j < columns; ++j) {
-    const int column = first + j;
+  for (int j = 0; j < columns; ++j, entry = entry.from(1))
 #pragma unroll
     for (int k = 0; k < kRowsPerThread; ++k)
-      table[k][j] = column < grid.columns ? form(k, grid.channels + grid.outer_entries + column) * factor[k] : beyond;
-  }
+      table[k][j] = first + j < grid.columns ? entry(k, 0) * factor[k] : beyond;
 }
 
-// Which entries of the outer axes' tables an outer position has, as it moves on. `one`: at most one such axis.
+// Where the entries of an outer position stand in the tables of the outer axes, as it moves on: as offsets in arrays of
+// rows and of padded rows. `one`: there is at most one such axis.
 template <bool one>
 struct OuterEntries {
   const Grid& grid;
@@ -227,36 +242,38 @@ struct OuterEntries {
   __device__ OuterEntries(const Grid& grid, int position) : grid(grid), index(grid, position) {}
   __device__ void next() { index.next(grid); }
 
-  // call(entry) for each outer axis.
+  // call(offset, padded offset) for each outer axis.
   template <class Call>
   __device__ __forceinline__ void each(const Call& call) const {
-    call(index.at[0]);
-    call(grid.sizes[0] + index.at[1]);
-    if (grid.outer_axes > 2) call(grid.sizes[0] + grid.sizes[1] + index.at[2]);
+    const auto with = [&](int64_t entry) { call(entry * grid.rows, entry * grid.padded_rows); };
+    with(index.at[0]);
+    with(grid.sizes[0] + index.at[1]);
+    if (grid.outer_axes > 2) with(grid.sizes[0] + grid.sizes[1] + index.at[2]);
   }
 };
 
 template <>
 struct OuterEntries<true> {
-  bool exists;
-  int position;
+  const Grid& grid;
+  int64_t offset, padded_offset;
 
-  __device__ OuterEntries(const Grid& grid, int position) : exists(grid.outer_axes > 0), position(position) {}
-  __device__ void next() { ++position; }
+  __device__ OuterEntries(const Grid& grid, int position)
+      : grid(grid), offset(int64_t{position} * grid.rows), padded_offset(int64_t{position} * grid.padded_rows) {}
+  __device__ void next() { offset += grid.rows, padded_offset += grid.padded_rows; }
 
   template <class Call>
   __device__ __forceinline__ void each(const Call& call) const {
-    if (exists) call(position);
+    if (grid.outer_axes > 0) call(offset, padded_offset);
   }
 };
 
-// The sum of the outer tables at a position's entries, times a factor.
+// The sum of outer tables [outer entries, rows] at a position's entries, times a factor.
 template <class Entries>
-__device__ __forceinline__ void outer_sum(PerRow<float>& sum, const RowArray<const float>& form, int channels,
+__device__ __forceinline__ void outer_sum(PerRow<float>& sum, const RowArray<const float>& tables,
                                           const Entries& entries, const PerRow<float>& factor) {
   for (int k = 0; k < kRowsPerThread; ++k) sum[k] = 0.0f;
-  entries.each([&](int entry) {
-    for (int k = 0; k < kRowsPerThread; ++k) sum[k] += form(k, channels + entry);
+  entries.each([&](int64_t offset, int64_t) {
+    for (int k = 0; k < kRowsPerThread; ++k) sum[k] += tables.at(k, offset);
   });
   for (int k = 0; k < kRowsPerThread; ++k) sum[k] *= factor[k];
 }
@@ -264,8 +281,8 @@ __device__ __forceinline__ void outer_sum(PerRow<float>& sum, const RowArray<con
 template <class Entries>
 __device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Entries& entries,
                                           const PerRow<float>& value) {
-  entries.each([&](int entry) {
-    for (int k = 0; k < kRowsPerThread; ++k) sums(k, entry) += value[k];
+  entries.each([&](int64_t, int64_t offset) {
+    for (int k = 0; k < kRowsPerThread; ++k) sums.at(k, offset) += value[k];
   });
 }
 
@@ -292,6 +309,9 @@ struct BlockMemory {
         stages(sums + split.warps * (grid.channels + 2) * kBlockRows),
         barriers(reinterpret_cast<uint64_t*>(stages + split.warps * kStages * split.chunk * grid.tile_floats())) {}
 
+  __device__ float* stages_of(const Grid& grid, const Split& split, int warp) const {
+    return stages + warp * kStages * split.chunk * grid.tile_floats();
+  }
   static size_t bytes(const Grid& grid, const Split& split) {
     const int floats = (kColumns + grid.channels + 2) * kBlockRows + kStages * split.chunk * grid.tile_floats();
     return static_cast<size_t>(split.warps) * (sizeof(float) * floats + sizeof(uint64_t) * kStages);
@@ -338,18 +358,9 @@ __device__ __forceinline__ void leave_strip(const Strip& marginal, const RowsTas
 #pragma unroll
     for (int k = 0; k < kRowsPerThread; ++k)
       exchange[(share.warp * kColumns + j) * kBlockRows + 32 * k + share.lane] = marginal[k][j];
-  const int64_t column = (share.batch * task.split.parts + share.part) * grid.columns + strip * kColumns;
+  const int64_t column = (int64_t{share.batch} * task.split.parts + share.part) * grid.columns + strip * kColumns;
   leave(exchange, kColumns, min(kColumns, grid.columns - strip * kColumns), share, task.split.warps,
         RowArray<float>(task.column_sums + column * grid.padded_rows, grid.padded_rows, share.row));
-}
-
-// The pipe of a warp's tile rows.
-__device__ __forceinline__ TilePipe pipe_of(const RowsTask& task, const Share& share, const BlockMemory& memory) {
-  const Grid& grid = task.grid;
-  return TilePipe(task.tiles + share.batch * grid.tile_rows() * grid.tile_floats(), grid, task.split.chunk,
-                  share.first_strip, share.last_strip, share.first, share.last,
-                  memory.stages + share.warp * kStages * task.split.chunk * grid.tile_floats(),
-                  memory.barriers + share.warp * kStages);
 }
 
 // --- what is rare: masked tokens, dropout ---
@@ -392,7 +403,7 @@ __device__ __forceinline__ void stream_strip(const RowsTask& task, const Share& 
   const Grid& grid = task.grid;
   const uint32_t simple = task.drops ? ~0u : kAllThere;
   for (int position = share.first; position < share.last;) {
-    const float* tile = pipe.take();
+    const float* tile = pipe.take(share.tiles(task));
     const int end = min(position + task.split.chunk, share.last);
     while (position < end) {
       uint32_t there = 0;
@@ -408,7 +419,7 @@ __device__ __forceinline__ void stream_strip(const RowsTask& task, const Share& 
       ++position, entries.next(), tile += grid.tile_floats();
     }
     chunk_ends();
-    pipe.release();
+    pipe.release(share.tiles(task));
   }
 }
 
@@ -421,6 +432,7 @@ __device__ void largest_scores(PerRow<float>& largest, const RowsTask& task, con
                                int last) {
   const Grid& grid = task.grid;
   const PerRow<float> log2e = {kLog2E, kLog2E}, nothing = {0.0f, 0.0f};
+  const RowArray<const float> outer_tables = form.from(grid.channels);
 #pragma unroll 1
   for (int column = first_strip * kColumns; column < last_strip * kColumns; column += kTokens<C>) {
     float table[kRowsPerThread][kTokens<C>];
@@ -432,7 +444,7 @@ __device__ void largest_scores(PerRow<float>& largest, const RowsTask& task, con
     for (int position = first; position < last; ++position, entries.next(), tile += grid.tile_floats()) {
       const uint32_t there = tokens_there(tile, grid.channels) >> begin;
       PerRow<float> outer;
-      outer_sum(outer, form, grid.channels, entries, log2e);
+      outer_sum(outer, outer_tables, entries, log2e);
       float score[kRowsPerThread][kTokens<C>];
       linear_form(score, tile, begin, a, table, 0, outer, nothing);
 #pragma unroll
@@ -462,8 +474,8 @@ __device__ void choose_reference(PerRow<float>& reference, const RowsTask& task,
                                  const RowArray<const float>& form, const Channels<C>& a, float* exchange) {
   const Grid& grid = task.grid;
   const int warps = task.split.warps, quantities = grid.channels + 1;
-  const float* tiles = task.tiles + share.batch * grid.tile_rows() * grid.tile_floats();
-  const float* extents = task.extents + share.batch * grid.extent_blocks() * 2 * quantities;
+  const float* tiles = task.tiles + int64_t{share.batch} * grid.tile_rows() * grid.tile_floats();
+  const float* extents = task.extents + int64_t{share.batch} * grid.extent_blocks() * 2 * quantities;
 
   // The largest score of the warps' first tile rows; and of the tables, outer and column, the largest and minus the
   // smallest entry.
@@ -473,11 +485,12 @@ __device__ void choose_reference(PerRow<float>& reference, const RowsTask& task,
   const bool works = share.first < share.last;
   largest_scores<C, one_outer>(found[0], task, form, a, tiles, share.first_strip, share.first_strip + works,
                                share.first, share.first + 1);
+  const RowArray<const float> outer_tables = form.from(grid.channels);
   OuterEntries<one_outer> entries(grid, share.first);
 #pragma unroll 1
   for (int position = share.first; position < share.last; ++position, entries.next()) {
     PerRow<float> value;
-    outer_sum(value, form, grid.channels, entries, {1.0f, 1.0f});
+    outer_sum(value, outer_tables, entries, {1.0f, 1.0f});
     for (int k = 0; k < kRowsPerThread; ++k)
       found[1][k] = fmaxf(found[1][k], value[k]), found[2][k] = fmaxf(found[2][k], -value[k]);
   }
@@ -555,7 +568,7 @@ __device__ __forceinline__ void attend(const float* tile, const Present* present
 
 // Sums of 2^(score - reference). A block's states: acc, the sum of the weights, the same after dropout, reference.
 template <int C, bool one_outer>
-__global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_fwd_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
@@ -565,7 +578,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_f
   const RowArray<float> outer_sums(
       task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
   const Channels<C> a(form, log2e, grid.channels);
-  const RowArray<float> states(task.states + share.slot * (grid.channels + 3) * grid.padded_rows, grid.padded_rows,
+  const RowArray<float> states(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows,
                                share.row);
   PerRow<float> constant;
   {
@@ -581,7 +594,8 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_f
   const int stored = grid.channels + 2;
   const RowSums sums(memory.sums + share.warp * stored * kBlockRows + share.lane, stored);
 
-  TilePipe pipe = pipe_of(task, share, memory);
+  const RowArray<const float> outer_tables = form.from(grid.channels);
+  TilePipe pipe(share.tiles(task), memory.stages_of(grid, split, share.warp), memory.barriers + share.warp * kStages);
   for (int strip = share.first_strip; strip < share.last_strip; ++strip) {
     Strip table, marginal = {};
     load_columns(table, form, grid, strip * kColumns, log2e, -kInfinity);
@@ -590,7 +604,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_f
     PerRow<float> total = {};
     const auto with = [&](const float* tile, const Present* present) {
       PerRow<float> outer, outer_weight = {};
-      outer_sum(outer, form, grid.channels, entries, log2e);
+      outer_sum(outer, outer_tables, entries, log2e);
       attend<C>(tile, present, a, table, outer, constant, sums, acc, total, marginal, outer_weight);
       add_outer(outer_sums, entries, outer_weight);
     };
@@ -679,16 +693,16 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
 
 // Sums of ds, the gradients of the form, as forward's kernel leaves its sums.
 template <int C, bool one_outer>
-__global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_bwd_rows_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_bwd_rows_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
   const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.read_row);
-  const RowArray<const float> upstream(task.upstream + share.batch * grid.entries() * grid.rows, grid.rows,
+  const RowArray<const float> upstream(task.upstream + int64_t{share.batch} * grid.entries() * grid.rows, grid.rows,
                                        share.read_row);
-  const RowArray<const float> statistics(task.statistics + share.batch * 4 * grid.padded_rows, grid.padded_rows,
+  const RowArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows, grid.padded_rows,
                                          share.row);
   const RowArray<float> outer_sums(
       task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
@@ -705,7 +719,8 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_b
   const int stored = grid.channels + 2;
   const RowSums sums(memory.sums + share.warp * stored * kBlockRows + share.lane, grid.channels);
 
-  TilePipe pipe = pipe_of(task, share, memory);
+  const RowArray<const float> outer_tables = form.from(grid.channels), outer_upstream = upstream.from(grid.channels);
+  TilePipe pipe(share.tiles(task), memory.stages_of(grid, split, share.warp), memory.barriers + share.warp * kStages);
   for (int strip = share.first_strip; strip < share.last_strip; ++strip) {
     Strip table, d_marginal, d_table = {};
     load_columns(table, form, grid, strip * kColumns, log2e, -kInfinity);
@@ -714,8 +729,8 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_b
     ChannelSums<C> d_a;
     const auto with = [&](const float* tile, const Present* present) {
       PerRow<float> outer, d_outer, d_outer_score = {};
-      outer_sum(outer, form, grid.channels, entries, log2e);
-      outer_sum(d_outer, upstream, grid.channels, entries, factor);
+      outer_sum(outer, outer_tables, entries, log2e);
+      outer_sum(d_outer, outer_upstream, entries, factor);
       attend_backward<C>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference, minus_delta,
                          d_total, sums, d_a, d_table, d_outer_score);
       add_outer(outer_sums, entries, d_outer_score);
@@ -733,7 +748,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 4 : 2) separable_attention_b
     leave_strip(d_table, task, share, strip, memory.exchange);
   }
   leave(memory.sums, stored, grid.channels, share, split.warps,
-        RowArray<float>(task.states + share.slot * (grid.channels + 3) * grid.padded_rows, grid.padded_rows, share.row));
+        RowArray<float>(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows, share.row));
 }
 
 // --- merging ---

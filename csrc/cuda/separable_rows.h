@@ -232,13 +232,18 @@ inline Split split_of(const Grid& grid, int multiprocessors) {
 
 // --- a warp's tile rows ---
 
-// Brings a warp's tile rows through shared memory: for strip after strip its outer positions, `chunk` at a time.
+// Where a warp's tile rows are: those of its strips and, of each, its outer positions.
+struct TileRange {
+  const float* tiles;  // [strips, outer positions, tile_floats]
+  int tile_floats, outer, chunk, first_strip, last_strip, first, last;
+};
+
+// Brings them through shared memory: for strip after strip the outer positions, `chunk` at a time. The range, which it
+// is told each time, costs no registers where the caller has it anyway.
 class TilePipe {
  public:
-  __device__ TilePipe(const float* tiles, const Grid& grid, int chunk, int first_strip, int last_strip, int first,
-                      int last, float* stages, uint64_t* barriers)
-      : tiles_(tiles), stages_(stages), barriers_(barriers), tile_floats_(grid.tile_floats()), outer_(grid.outer),
-        chunk_(chunk), strip_(first_strip), last_strip_(last_strip), first_(first), last_(last), position_(first) {
+  __device__ TilePipe(const TileRange& range, float* stages, uint64_t* barriers)
+      : stages_(stages), barriers_(barriers), strip_(range.first_strip), position_(range.first) {
 #if __CUDA_ARCH__ >= 900
     if (lane() == 0) {
       for (int stage = 0; stage < kStages; ++stage) barrier_init(barriers_ + stage, 1);
@@ -246,37 +251,40 @@ class TilePipe {
     }
     __syncwarp();
 #endif
-    for (int stage = 0; stage < kStages; ++stage) fetch();
+#pragma unroll 1
+    for (int stage = 0; stage < kStages; ++stage) fetch(range);
   }
 
   // The next chunk's first tile row, once it is there.
-  __device__ const float* take() {
+  __device__ const float* take(const TileRange& range) {
 #if __CUDA_ARCH__ >= 900
     barrier_wait(barriers_ + taken_ % kStages, taken_ / kStages % 2);
 #else
     async_wait<kStages - 1>();
     __syncwarp();
 #endif
-    return stage(taken_++);
+    return stage(range, taken_++);
   }
 
   // The warp has done with the chunk that it took last.
-  __device__ void release() {
+  __device__ void release(const TileRange& range) {
     __syncwarp();
-    fetch();
+    fetch(range);
   }
 
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ float* stage(uint32_t number) const { return stages_ + number % kStages * (chunk_ * tile_floats_); }
+  __device__ float* stage(const TileRange& range, uint32_t number) const {
+    return stages_ + number % kStages * (range.chunk * range.tile_floats);
+  }
 
-  __device__ void fetch() {
-    if (strip_ < last_strip_ && first_ < last_) {
-      const int count = min(chunk_, last_ - position_);
-      const float* source = tiles_ + (static_cast<int64_t>(strip_) * outer_ + position_) * tile_floats_;
-      copy(stage(fetched_), source, count * tile_floats_ * static_cast<int>(sizeof(float)));
+  __device__ void fetch(const TileRange& range) {
+    if (strip_ < range.last_strip && range.first < range.last) {
+      const int count = min(range.chunk, range.last - position_);
+      const float* source = range.tiles + (static_cast<int64_t>(strip_) * range.outer + position_) * range.tile_floats;
+      copy(stage(range, fetched_), source, count * range.tile_floats * static_cast<int>(sizeof(float)));
       position_ += count;
-      if (position_ == last_) position_ = first_, ++strip_;
+      if (position_ == range.last) position_ = range.first, ++strip_;
     }
 #if __CUDA_ARCH__ < 900
     async_commit();
@@ -284,7 +292,7 @@ class TilePipe {
     ++fetched_;
   }
 
-  __device__ void copy(float* target, const float* source, int bytes) {
+  __device__ void copy(float* target, const float* source, int bytes) const {
 #if __CUDA_ARCH__ >= 900
     if (lane() == 0) {
       barrier_expect(barriers_ + fetched_ % kStages, static_cast<uint32_t>(bytes));
@@ -295,10 +303,9 @@ class TilePipe {
 #endif
   }
 
-  const float* tiles_;
-  float* stages_;
-  uint64_t* barriers_;
-  int tile_floats_, outer_, chunk_, strip_, last_strip_, first_, last_, position_;
+  float* const stages_;
+  uint64_t* const barriers_;
+  int strip_, position_;
   uint32_t fetched_ = 0, taken_ = 0;
 };
 
