@@ -246,8 +246,8 @@ struct OuterEntries {
   template <class Call>
   __device__ __forceinline__ void each(const Call& call) const {
     const auto with = [&](int64_t entry) { call(entry * grid.rows, entry * grid.padded_rows); };
-    with(index.at[0]);
-    with(grid.sizes[0] + index.at[1]);
+    if (grid.outer_axes > 0) with(index.at[0]);
+    if (grid.outer_axes > 1) with(grid.sizes[0] + index.at[1]);
     if (grid.outer_axes > 2) with(grid.sizes[0] + grid.sizes[1] + index.at[2]);
   }
 };
@@ -287,9 +287,9 @@ __device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Ent
 }
 
 // A warp's own marginals of the outer axes start at zero: of one such axis the entries of its positions, else all.
-template <bool one>
-__device__ void clear_outer(const RowArray<float>& sums, const Grid& grid, int first, int last) {
-  if (one && grid.outer_axes == 0) return;
+__device__ inline void clear_outer(const RowArray<float>& sums, const Grid& grid, int first, int last) {
+  if (grid.outer_axes == 0) return;
+  const bool one = grid.outer_axes == 1;
 #pragma unroll 1
   for (int entry = one ? first : 0; entry < (one ? last : grid.outer_entries); ++entry)
     for (int k = 0; k < kRowsPerThread; ++k) sums(k, entry) = 0.0f;
@@ -394,29 +394,30 @@ __device__ __forceinline__ float where(uint32_t bits, int bit, float value) {
   return bits >> bit & 1 ? value : 0.0f;
 }
 
-// Runs the warp's tile rows of a strip: plain(tile) where all tokens are there and none is dropped; else, if any is
-// there, careful(tile, there, kept). chunk_ends() follows each chunk of the pipe.
-template <class Entries, class Plain, class Careful, class ChunkEnds>
+// A tile row's tokens there and, of each row, those that dropout keeps.
+struct Present {
+  uint32_t there;
+  PerRow<uint32_t> kept;
+};
+
+// Runs the warp's tile rows of a strip: step(tile, present); chunk_ends() follows each chunk of the pipe. `careful`: some
+// tokens may not be there or dropped.
+template <bool careful, class Entries, class Step, class ChunkEnds>
 __device__ __forceinline__ void stream_strip(const RowsTask& task, const Share& share, int strip, TilePipe& pipe,
-                                             Entries& entries, const Plain& plain, const Careful& careful,
-                                             const ChunkEnds& chunk_ends) {
+                                             Entries& entries, const Step& step, const ChunkEnds& chunk_ends) {
   const Grid& grid = task.grid;
-  const uint32_t simple = task.drops ? ~0u : kAllThere;
   for (int position = share.first; position < share.last;) {
     const float* tile = pipe.take(share.tiles(task));
     const int end = min(position + task.split.chunk, share.last);
-    while (position < end) {
-      uint32_t there = 0;
-      for (; position < end && (there = tokens_there(tile, grid.channels)) == simple;
-           ++position, entries.next(), tile += grid.tile_floats())
-        plain(tile);
-      if (position == end) break;
-      if (there != 0) {
-        PerRow<uint32_t> kept;
-        tokens_kept(kept, task, share, strip, position);
-        careful(tile, there, kept);
+#pragma unroll 1
+    for (; position < end; ++position, entries.next(), tile += grid.tile_floats()) {
+      Present present;
+      if (careful) {
+        present.there = tokens_there(tile, grid.channels);
+        if (present.there == 0) continue;
+        tokens_kept(present.kept, task, share, strip, position);
       }
-      ++position, entries.next(), tile += grid.tile_floats();
+      step(tile, present);
     }
     chunk_ends();
     pipe.release(share.tiles(task));
@@ -534,15 +535,9 @@ __device__ void choose_reference(PerRow<float>& reference, const RowsTask& task,
   }
 }
 
-// A tile row's tokens there and, of each row, those that dropout keeps.
-struct Present {
-  uint32_t there;
-  const PerRow<uint32_t>& kept;
-};
-
-// The weights of a tile row and their sums. present: where not all are there and kept.
-template <int C>
-__device__ __forceinline__ void attend(const float* tile, const Present* present, const Channels<C>& a,
+// The weights of a tile row and their sums. present is looked at where that is `careful`.
+template <int C, bool careful>
+__device__ __forceinline__ void attend(const float* tile, const Present& present, const Channels<C>& a,
                                        const Strip& table, const PerRow<float>& outer, const PerRow<float>& constant,
                                        const RowSums& sums, ChannelSums<C>& acc, PerRow<float>& total, Strip& marginal,
                                        PerRow<float>& outer_weight) {
@@ -556,19 +551,19 @@ __device__ __forceinline__ void attend(const float* tile, const Present* present
 #pragma unroll
       for (int t = 0; t < kTokens<C>; ++t) {
         p[k][t] = exp2_approx(p[k][t]);
-        if (present) p[k][t] = where(present->there, begin + t, p[k][t]);
+        if (careful) p[k][t] = where(present.there, begin + t, p[k][t]);
         total[k] += p[k][t];
-        if (present) kept_total[k] += p[k][t] = where(present->kept[k], begin + t, p[k][t]);
+        if (careful) kept_total[k] += p[k][t] = where(present.kept[k], begin + t, p[k][t]);
       }
     add_weighted<C>(p, tile, begin, a.count(), acc, sums, marginal, outer_weight);
   }
-  if (present)
+  if (careful)
     for (int k = 0; k < kRowsPerThread; ++k) sums.add(k, a.count() + 1, kept_total[k]);
 }
 
 // Sums of 2^(score - reference). A block's states: acc, the sum of the weights, the same after dropout, reference.
-template <int C, bool one_outer>
-__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
+template <int C, bool one_outer, bool careful>
+__global__ void __launch_bounds__(kMostThreads, C && one_outer ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
@@ -590,7 +585,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_f
       constant[k] = reference[k] == -kInfinity ? 0.0f : -reference[k];
     }
   }
-  clear_outer<one_outer>(outer_sums, grid, share.first, share.last);
+  clear_outer(outer_sums, grid, share.first, share.last);
   const int stored = grid.channels + 2;
   const RowSums sums(memory.sums + share.warp * stored * kBlockRows + share.lane, stored);
 
@@ -602,23 +597,17 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_f
     OuterEntries<one_outer> entries(grid, share.first);
     ChannelSums<C> acc;
     PerRow<float> total = {};
-    const auto with = [&](const float* tile, const Present* present) {
+    const auto step = [&](const float* tile, const Present& present) {
       PerRow<float> outer, outer_weight = {};
       outer_sum(outer, outer_tables, entries, log2e);
-      attend<C>(tile, present, a, table, outer, constant, sums, acc, total, marginal, outer_weight);
+      attend<C, careful>(tile, present, a, table, outer, constant, sums, acc, total, marginal, outer_weight);
       add_outer(outer_sums, entries, outer_weight);
     };
-    stream_strip(
-        task, share, strip, pipe, entries, [&](const float* tile) { with(tile, nullptr); },
-        [&](const float* tile, uint32_t there, const PerRow<uint32_t>& kept) {
-          const Present present{there, kept};
-          with(tile, &present);
-        },
-        [&] {
-          acc.end_chunk(sums);
-          acc = {};
-          for (int k = 0; k < kRowsPerThread; ++k) sums.add(k, grid.channels, total[k]), total[k] = 0.0f;
-        });
+    stream_strip<careful>(task, share, strip, pipe, entries, step, [&] {
+      acc.end_chunk(sums);
+      acc = {};
+      for (int k = 0; k < kRowsPerThread; ++k) sums.add(k, grid.channels, total[k]), total[k] = 0.0f;
+    });
     leave_strip(marginal, task, share, strip, memory.exchange);
   }
   leave(memory.sums, stored, stored, share, split.warps, states);
@@ -666,9 +655,9 @@ __global__ void __launch_bounds__(32 * kPrepareLanes)
   own[3 * padded_rows] = empty ? 0.0f : static_cast<float>(factor * of_total);
 }
 
-// ds = r dS of a tile row and its sums. present: where not all are there and kept.
-template <int C>
-__device__ __forceinline__ void attend_backward(const float* tile, const Present* present, const Channels<C>& a,
+// ds = r dS of a tile row and its sums. present is looked at where that is `careful`.
+template <int C, bool careful>
+__device__ __forceinline__ void attend_backward(const float* tile, const Present& present, const Channels<C>& a,
                                                 const Channels<C>& d_acc, const Strip& table, const Strip& d_marginal,
                                                 const PerRow<float>& outer, const PerRow<float>& d_outer,
                                                 const PerRow<float>& minus_reference, const PerRow<float>& minus_delta,
@@ -678,21 +667,21 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
   for (int begin = 0; begin < kColumns; begin += kTokens<C>) {
     float ds[kRowsPerThread][kTokens<C>], u[kRowsPerThread][kTokens<C>];
     linear_form(ds, tile, begin, a, table, begin, outer, minus_reference);
-    linear_form(u, tile, begin, d_acc, d_marginal, begin, d_outer, present ? d_total : minus_delta);
+    linear_form(u, tile, begin, d_acc, d_marginal, begin, d_outer, careful ? d_total : minus_delta);
 #pragma unroll
     for (int k = 0; k < kRowsPerThread; ++k)
 #pragma unroll
       for (int t = 0; t < kTokens<C>; ++t) {
-        if (present) u[k][t] = where(present->kept[k], begin + t, u[k][t]) + minus_delta[k];
+        if (careful) u[k][t] = where(present.kept[k], begin + t, u[k][t]) + minus_delta[k];
         ds[k][t] = exp2_approx(ds[k][t]) * u[k][t];
-        if (present) ds[k][t] = where(present->there, begin + t, ds[k][t]);
+        if (careful) ds[k][t] = where(present.there, begin + t, ds[k][t]);
       }
     add_weighted<C>(ds, tile, begin, a.count(), d_a, sums, d_table, d_outer_score);
   }
 }
 
 // Sums of ds, the gradients of the form, as forward's kernel leaves its sums.
-template <int C, bool one_outer>
+template <int C, bool one_outer, bool careful>
 __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_bwd_rows_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
@@ -715,7 +704,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
     d_total[k] = statistics(k, 3) * keep;
   }
   const Channels<C> a(form, log2e, grid.channels), d_acc(upstream, factor, grid.channels);
-  clear_outer<one_outer>(outer_sums, grid, share.first, share.last);
+  clear_outer(outer_sums, grid, share.first, share.last);
   const int stored = grid.channels + 2;
   const RowSums sums(memory.sums + share.warp * stored * kBlockRows + share.lane, grid.channels);
 
@@ -727,24 +716,18 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
     load_columns(d_marginal, upstream, grid, strip * kColumns, factor, 0.0f);
     OuterEntries<one_outer> entries(grid, share.first);
     ChannelSums<C> d_a;
-    const auto with = [&](const float* tile, const Present* present) {
+    const auto step = [&](const float* tile, const Present& present) {
       PerRow<float> outer, d_outer, d_outer_score = {};
       outer_sum(outer, outer_tables, entries, log2e);
       outer_sum(d_outer, outer_upstream, entries, factor);
-      attend_backward<C>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference, minus_delta,
+      attend_backward<C, careful>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference, minus_delta,
                          d_total, sums, d_a, d_table, d_outer_score);
       add_outer(outer_sums, entries, d_outer_score);
     };
-    stream_strip(
-        task, share, strip, pipe, entries, [&](const float* tile) { with(tile, nullptr); },
-        [&](const float* tile, uint32_t there, const PerRow<uint32_t>& kept) {
-          const Present present{there, kept};
-          with(tile, &present);
-        },
-        [&] {
-          d_a.end_chunk(sums);
-          d_a = {};
-        });
+    stream_strip<careful>(task, share, strip, pipe, entries, step, [&] {
+      d_a.end_chunk(sums);
+      d_a = {};
+    });
     leave_strip(d_table, task, share, strip, memory.exchange);
   }
   leave(memory.sums, stored, grid.channels, share, split.warps,
@@ -880,15 +863,20 @@ RowsTask task_of(const SeparableCall& call, int multiprocessors, const TensorVie
           call.dropout.p > 0.0};
 }
 
-// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer axis).
+// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer axis,
+// careful).
 template <class Select>
 Status run_rows(const SeparableCall& call, const RowsTask& task, Stream stream, const Select& select) {
+  using Yes = std::true_type;
+  using No = std::false_type;
   const Grid& grid = task.grid;
   const Status packed = pack(call, grid, const_cast<float*>(task.tiles), const_cast<float*>(task.extents), stream);
   if (packed.code != 0) return packed;
   const int64_t blocks = static_cast<int64_t>(grid.batch) * grid.row_blocks() * task.split.slots();
   const auto of_channels = [&](auto channels) {
-    const auto kernel = grid.outer_axes <= 1 ? select(channels, std::true_type{}) : select(channels, std::false_type{});
+    auto kernel = select(channels, Yes{}, No{});
+    if (grid.outer_axes > 1) kernel = select(channels, No{}, No{});
+    if (task.drops || call.mask.defined()) kernel = select(channels, No{}, Yes{});
     return launch(kernel, blocks, task.split.warps * 32, BlockMemory::bytes(grid, task.split), stream, task);
   };
   switch (grid.channels) {
@@ -916,8 +904,8 @@ int64_t separable_attention_workspace(const SeparableCall& call, int multiproces
 Status separable_attention_fwd(const SeparableCall& call, int multiprocessors, const TensorView& workspace,
                                const TensorView& sums, const TensorView& lse, const TensorView& total, Stream stream) {
   const RowsTask task = task_of(call, multiprocessors, workspace);
-  const Status status = run_rows(call, task, stream, [](auto channels, auto one_outer) {
-    return separable_attention_fwd_kernel<channels.value, one_outer.value>;
+  const Status status = run_rows(call, task, stream, [](auto channels, auto one_outer, auto careful) {
+    return separable_attention_fwd_kernel<channels.value, one_outer.value, careful.value>;
   });
   if (status.code != 0) return status;
   return merge(task, sums.as<float>(), lse.as<double>(), total.as<float>(), 1, stream);
@@ -940,8 +928,8 @@ Status separable_attention_bwd_rows(const SeparableCall& call, int multiprocesso
   RowsTask task = task_of(call, multiprocessors, workspace);
   task.upstream = d_sums.as<const float>();
   task.statistics = statistics.as<const float>();
-  const Status status = run_rows(call, task, stream, [](auto channels, auto one_outer) {
-    return separable_attention_bwd_rows_kernel<channels.value, one_outer.value>;
+  const Status status = run_rows(call, task, stream, [](auto channels, auto one_outer, auto careful) {
+    return separable_attention_bwd_rows_kernel<channels.value, one_outer.value, careful.value>;
   });
   if (status.code != 0) return status;
   const int batches = call.form.size(0) == 1 ? task.grid.batch : 1;
