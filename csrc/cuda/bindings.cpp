@@ -28,6 +28,11 @@ pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple
   return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), pk::dropout_of(dropout)};
 }
 
+// (form, x, r, mask, (p, seed, offset)).
+pk::cuda::SeparableCall separable_call(const py::tuple& call) {
+  return {view(call[0]), view(call[1]), view(call[2]), view(call[3]), pk::dropout_of(py::cast<py::tuple>(call[4]))};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -44,6 +49,43 @@ PYBIND11_MODULE(_cuda, module) {
     const auto data_view = view(data), out_view = view(out);
     run([&] { return pk::cuda::fourier_encode_grid(features, data_view, out_view, stream_at(stream)); });
   });
+
+  module.def("separable_attention_workspace", [](const py::tuple& call, int multiprocessors) {
+    return pk::cuda::separable_attention_workspace(separable_call(call), multiprocessors);
+  });
+  module.def("separable_attention_fwd",
+             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& sums,
+                const py::handle& lse, const py::handle& total, uintptr_t stream) {
+               const auto call = separable_call(arguments);
+               const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+               run([&] {
+                 return pk::cuda::separable_attention_fwd(call, multiprocessors, memory, of_sums, of_lse, of_total,
+                                                          stream_at(stream));
+               });
+             });
+  module.def("separable_attention_bwd_prepare",
+             [](const py::handle& sums, const py::handle& lse, const py::handle& total, const py::handle& d_sums,
+                const py::handle& d_lse, const py::handle& d_total, bool dropout, const py::handle& statistics,
+                uintptr_t stream) {
+               const auto of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+               const auto of_d_sums = view(d_sums), of_d_lse = view(d_lse), of_d_total = view(d_total);
+               const auto out = view(statistics);
+               run([&] {
+                 return pk::cuda::separable_attention_bwd_prepare(of_sums, of_lse, of_total, of_d_sums, of_d_lse,
+                                                                  of_d_total, dropout, out, stream_at(stream));
+               });
+             });
+  module.def("separable_attention_bwd_rows",
+             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& d_sums,
+                const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
+               const auto call = separable_call(arguments);
+               const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+               const auto out = view(d_form);
+               run([&] {
+                 return pk::cuda::separable_attention_bwd_rows(call, multiprocessors, memory, upstream, of_rows, out,
+                                                               stream_at(stream));
+               });
+             });
 
   module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
                                                             bool needs_x, bool needs_r) {

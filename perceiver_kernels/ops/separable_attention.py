@@ -13,6 +13,7 @@ from torch import Tensor
 
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends import native
+from perceiver_kernels.backends.cuda import runtime as cuda_runtime
 from perceiver_kernels.backends.reference import separable_attention as reference
 from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.ops.registration import define, register_pair
@@ -25,12 +26,32 @@ COMPUTE_DTYPES = (torch.float32, torch.float64)
 DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 
+def _cuda() -> ModuleType:
+    from perceiver_kernels.backends.cuda import separable_attention
+
+    return separable_attention
+
+
 def _triton() -> ModuleType:
     from perceiver_kernels.backends.triton import separable_attention
 
     return separable_attention
 
 
+dispatch.declare(
+    dispatch.Declaration(
+        OP,
+        "cuda",
+        load=_cuda,
+        devices=("cuda",),
+        compute_dtypes=(torch.float32,),
+        data_dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.uint8),
+        axes=(1, MAX_AXES),
+        channels=(1, MAX_CHANNELS),
+        unavailable=cuda_runtime.unavailable,
+        devices_if_forced=cuda_runtime.devices_if_forced,
+    )
+)
 dispatch.declare(
     dispatch.Declaration(
         OP,

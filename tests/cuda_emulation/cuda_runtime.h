@@ -85,6 +85,11 @@ inline void __syncthreads() {
   auto& s = emulation::state();
   emulation::meet(emulation::kBlockMeeting, 0, s.block.threads, s.now->index, 0);
 }
+inline int __syncthreads_or(int predicate) {
+  auto& s = emulation::state();
+  const auto all = emulation::meet(emulation::kBlockMeeting, 0, s.block.threads, s.now->index, predicate);
+  return std::any_of(all.begin(), all.end(), [](int theirs) { return theirs != 0; });
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF) { emulation::meet_lanes(mask, 0); }
 
 template <class T>

@@ -51,3 +51,9 @@ def devices_if_forced() -> tuple[str, ...]:
 def stream(tensor: Tensor) -> int:
     """The address of torch's current stream on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+@lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; in emulation few, so that small shapes are divided too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
