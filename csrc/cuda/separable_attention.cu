@@ -29,10 +29,9 @@ using Strip = float[kRowsPerThread][kColumns];
 // A number that all lanes have, in a form that the compiler knows it of: then it takes no register of each.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
 
-// What a thread does. A block's rows that do not exist read as the last one that does, and leave sums that nobody reads.
+// What a thread does: the rows `row` and row + 32 of some strips at some outer positions, `first` to `last` of its warp.
 struct Share {
-  int lane, warp, batch, slot, part, group, first_strip, last_strip, first, last;  // slot: of the batch entry; strips;
-  PerRow<int> row, read_row;                                                       // the warp's outer positions
+  int lane, warp, batch, slot, part, group, first_strip, last_strip, first, last, row;  // slot: of the batch entry
 
   __device__ explicit Share(const RowsTask& task) {
     const Grid& grid = task.grid;
@@ -49,11 +48,7 @@ struct Share {
     const int from = part * split.part_size, count = min(split.part_size, grid.outer - from);
     first = uniform(from + count * warp / split.warps);
     last = uniform(from + count * (warp + 1) / split.warps);
-    const int first_row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kBlockRows;
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      row[k] = first_row + k * 32 + lane;
-      read_row[k] = min(row[k], grid.rows - 1);
-    }
+    row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kBlockRows + lane;
   }
 
   __device__ TileRange tiles(const RowsTask& task) const {
@@ -70,15 +65,16 @@ struct Share {
 
 // --- forms and their sums ---
 
-// An array [entries, rows] at this thread's rows, the second `next` elements after the first.
+// An array [entries, rows] at this thread's rows, the second `next` elements after the first. Rows that do not exist read
+// as the last one that does, and leave sums in padded arrays that nobody reads.
 template <class T>
 struct RowArray {
   T* own;
   int64_t stride;
   int next;
 
-  __device__ RowArray(T* array, int stride, const PerRow<int>& row)
-      : own(array + row[0]), stride(stride), next(row[1] - row[0]) {}
+  __device__ RowArray(T* array, int rows, int row)
+      : own(array + min(row, rows - 1)), stride(rows), next(min(row + 32, rows - 1) - min(row, rows - 1)) {}
   __device__ T& at(int k, int64_t offset) const { return own[offset + (k ? next : 0)]; }
   __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
   // From this entry on.
@@ -88,6 +84,24 @@ struct RowArray {
     return result;
   }
 };
+
+// The same of an array [entries, padded rows].
+template <class T>
+struct PaddedArray {
+  T* own;
+  int64_t stride;
+
+  __device__ PaddedArray(T* array, int padded_rows, int row) : own(array + row), stride(padded_rows) {}
+  __device__ T& at(int k, int64_t offset) const { return own[offset + 32 * k]; }
+  __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
+};
+
+// The block's states. Found out anew where they are wanted, lest an address take registers during the main loop.
+__device__ __forceinline__ PaddedArray<float> states_of(const RowsTask& task) {
+  const Share share(task);
+  const int64_t entries = share.slot_of_all(task) * (task.grid.channels + 3);
+  return {task.states + entries * task.grid.padded_rows, task.grid.padded_rows, share.row};
+}
 
 // A form's data channels times a factor, in registers where they are few; 0: many.
 template <int C>
@@ -279,7 +293,7 @@ __device__ __forceinline__ void outer_sum(PerRow<float>& sum, const RowArray<con
 }
 
 template <class Entries>
-__device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Entries& entries,
+__device__ __forceinline__ void add_outer(const PaddedArray<float>& sums, const Entries& entries,
                                           const PerRow<float>& value) {
   entries.each([&](int64_t, int64_t offset) {
     for (int k = 0; k < kRowsPerThread; ++k) sums.at(k, offset) += value[k];
@@ -287,7 +301,7 @@ __device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Ent
 }
 
 // A warp's own marginals of the outer axes start at zero: of one such axis the entries of its positions, else all.
-__device__ inline void clear_outer(const RowArray<float>& sums, const Grid& grid, int first, int last) {
+__device__ inline void clear_outer(const PaddedArray<float>& sums, const Grid& grid, int first, int last) {
   if (grid.outer_axes == 0) return;
   const bool one = grid.outer_axes == 1;
 #pragma unroll 1
@@ -337,7 +351,7 @@ __device__ void largest_of_warps(float (&values)[count][kRowsPerThread], const S
 // The sums over the block's warps of what they have put into shared memory [warps, stored, kBlockRows], the first
 // `count` of these, to [count, padded rows].
 __device__ inline void leave(const float* shared, int stored, int count, const Share& share, int warps,
-                             const RowArray<float>& target) {
+                             const PaddedArray<float>& target) {
   __syncthreads();
 #pragma unroll 1
   for (int i = share.warp; i < count; i += warps)
@@ -360,7 +374,7 @@ __device__ __forceinline__ void leave_strip(const Strip& marginal, const RowsTas
       exchange[(share.warp * kColumns + j) * kBlockRows + 32 * k + share.lane] = marginal[k][j];
   const int64_t column = (int64_t{share.batch} * task.split.parts + share.part) * grid.columns + strip * kColumns;
   leave(exchange, kColumns, min(kColumns, grid.columns - strip * kColumns), share, task.split.warps,
-        RowArray<float>(task.column_sums + column * grid.padded_rows, grid.padded_rows, share.row));
+        PaddedArray<float>(task.column_sums + column * grid.padded_rows, grid.padded_rows, share.row));
 }
 
 // --- what is rare: masked tokens, dropout ---
@@ -386,7 +400,7 @@ __device__ inline void tokens_kept(PerRow<uint32_t>& kept, const RowsTask& task,
   const int64_t token = static_cast<int64_t>(position) * task.grid.columns + strip * kColumns;
   for (int k = 0; k < kRowsPerThread; ++k)
     kept[k] = task.drops ? tokens_kept(task.rule, static_cast<uint32_t>(share.batch),
-                                       static_cast<uint32_t>(share.row[k]), token)
+                                       static_cast<uint32_t>(share.row + 32 * k), token)
                          : kAllThere;
 }
 
@@ -563,20 +577,19 @@ __device__ __forceinline__ void attend(const float* tile, const Present& present
 
 // Sums of 2^(score - reference). A block's states: acc, the sum of the weights, the same after dropout, reference.
 template <int C, bool one_outer, bool careful>
-__global__ void __launch_bounds__(kMostThreads, C && one_outer ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
-  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.read_row);
-  const RowArray<float> outer_sums(
+  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
+  const PaddedArray<float> outer_sums(
       task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
   const Channels<C> a(form, log2e, grid.channels);
-  const RowArray<float> states(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows,
-                               share.row);
   PerRow<float> constant;
   {
+    const PaddedArray<float> states = states_of(task);
     PerRow<float> reference;
     choose_reference<C, one_outer>(reference, task, share, form, a, memory.exchange);
     for (int k = 0; k < kRowsPerThread; ++k) {
@@ -610,7 +623,7 @@ __global__ void __launch_bounds__(kMostThreads, C && one_outer ? 3 : 2) separabl
     });
     leave_strip(marginal, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, stored, share, split.warps, states);
+  leave(memory.sums, stored, stored, share, split.warps, states_of(task));
 }
 
 // --- backward ---
@@ -688,12 +701,12 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
-  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.read_row);
+  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
   const RowArray<const float> upstream(task.upstream + int64_t{share.batch} * grid.entries() * grid.rows, grid.rows,
-                                       share.read_row);
-  const RowArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows, grid.padded_rows,
+                                       share.row);
+  const PaddedArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows, grid.padded_rows,
                                          share.row);
-  const RowArray<float> outer_sums(
+  const PaddedArray<float> outer_sums(
       task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
   PerRow<float> minus_reference, factor, minus_delta, d_total;
   for (int k = 0; k < kRowsPerThread; ++k) {
@@ -730,8 +743,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
     });
     leave_strip(d_table, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, grid.channels, share, split.warps,
-        RowArray<float>(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows, share.row));
+  leave(memory.sums, stored, grid.channels, share, split.warps, states_of(task));
 }
 
 // --- merging ---
@@ -789,7 +801,7 @@ __global__ void __launch_bounds__(kMergeRows* kMergeLanes)
       constexpr double ln2 = 0.69314718055994530942;
       lse[batch * grid.rows + row] =
           empty ? -static_cast<double>(kInfinity) : ln2 * reference + log(static_cast<double>(weight));
-      total[batch * grid.rows + row] = kept * scale;
+      total[batch * grid.rows + row] = empty ? 0.0f : keep * (kept / weight);  // 1 without dropout, exactly
     }
   }
 
