@@ -1,13 +1,20 @@
-// separable_attention on a GPU, forward and the gradients of its rows (docs/separable_attention.md, docs/cuda.md): a row
-// in a thread, tokens streaming past all rows. Nothing crosses lanes, and a strip's table and marginal stay in registers
-// while the outer positions pass. Blocks leave partial sums, which a kernel adds in an order that follows from shapes.
+// separable_attention on a GPU, forward and the gradients of its rows (docs/separable_attention.md, docs/cuda.md): a
+// row in a thread, tokens streaming past all rows. Nothing crosses lanes, and a strip's table and marginal stay in
+// registers while the outer positions pass. Blocks leave partial sums, which a kernel adds in an order that follows
+// from shapes.
 #include "separable_rows.h"
 
 namespace pk {
 namespace cuda {
 namespace {
 
-constexpr int kMostThreads = 128, kMergeRows = 32;
+constexpr int kMostThreads = 128;
+
+// Blocks that a multiprocessor holds: three where 168 registers suffice for a thread, else two.
+template <int C, bool one_outer, bool careful>
+constexpr int kForwardBlocks = C > 0 && one_outer && !careful ? 3 : 2;
+template <int C, bool careful>
+constexpr int kBackwardBlocks = C > 0 && C < 4 && !careful ? 3 : 2;
 
 // A row's sums are of 2^(score - reference). No score of a block exceeds its reference by more than this.
 constexpr float kLazyMargin = 60.0f;
@@ -29,9 +36,11 @@ using Strip = float[kRowsPerThread][kColumns];
 // A number that all lanes have, in a form that the compiler knows it of: then it takes no register of each.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
 
-// What a thread does: the rows `row` and row + 32 of some strips at some outer positions, `first` to `last` of its warp.
+// What a thread does: the rows `row` and row + 32 at some strips and outer positions.
 struct Share {
-  int lane, warp, batch, slot, part, group, first_strip, last_strip, first, last, row;  // slot: of the batch entry
+  int batch, slot, group, part;              // of the block; slots are the pairs of a group and a part
+  int first_strip, last_strip, first, last;  // of the warp: the group's strips, its own of the part's outer positions
+  int lane, warp, row;
 
   __device__ explicit Share(const RowsTask& task) {
     const Grid& grid = task.grid;
@@ -53,8 +62,14 @@ struct Share {
 
   __device__ TileRange tiles(const RowsTask& task) const {
     const Grid& grid = task.grid;
-    return {task.tiles + int64_t{batch} * grid.tile_rows() * grid.tile_floats(), grid.tile_floats(), grid.outer, task.split.chunk,
-            first_strip, last_strip, first, last};
+    return {task.tiles + int64_t{batch} * grid.tile_rows() * grid.tile_floats(),
+            grid.tile_floats(),
+            grid.outer,
+            task.split.chunk,
+            first_strip,
+            last_strip,
+            first,
+            last};
   }
   __device__ int64_t slot_of_all(const RowsTask& task) const { return int64_t{batch} * task.split.slots() + slot; }
   __device__ int64_t outer_slot(const RowsTask& task) const {
@@ -65,8 +80,8 @@ struct Share {
 
 // --- forms and their sums ---
 
-// An array [entries, rows] at this thread's rows, the second `next` elements after the first. Rows that do not exist read
-// as the last one that does, and leave sums in padded arrays that nobody reads.
+// An array [entries, rows] at this thread's rows, the second `next` elements after the first. Rows that do not exist
+// read as the last one that does, and leave sums in padded arrays that nobody reads.
 template <class T>
 struct RowArray {
   T* own;
@@ -96,9 +111,8 @@ struct PaddedArray {
   __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
 };
 
-// The block's states. Found out anew where they are wanted, lest an address take registers during the main loop.
-__device__ __forceinline__ PaddedArray<float> states_of(const RowsTask& task) {
-  const Share share(task);
+// The block's states.
+__device__ __forceinline__ PaddedArray<float> states_of(const RowsTask& task, const Share& share) {
   const int64_t entries = share.slot_of_all(task) * (task.grid.channels + 3);
   return {task.states + entries * task.grid.padded_rows, task.grid.padded_rows, share.row};
 }
@@ -206,15 +220,16 @@ __device__ __forceinline__ void linear_form(float (&value)[kRowsPerThread][kToke
       for (int t = 0; t < kTokens<C>; ++t) value[k][t] += channel * x[t];
     }
   }
-  if (C) return;  // a long sum of channels loses less to rounding apart from what may be large
+  if constexpr (C == 0) {  // a long sum of channels loses less to rounding apart from what may be large
 #pragma unroll
-  for (int k = 0; k < kRowsPerThread; ++k)
+    for (int k = 0; k < kRowsPerThread; ++k)
 #pragma unroll
-    for (int t = 0; t < kTokens<C>; ++t) value[k][t] += of_position(k, t);
+      for (int t = 0; t < kTokens<C>; ++t) value[k][t] += of_position(k, t);
+  }
 }
 
-// Adds the tokens' r x, r times weights to the sums of the form. (The products with r written out would be shared by the
-// compiler, which takes three instructions instead of two.)
+// Adds the tokens' r x, r times weights to the sums of the form. (The products with r written out would be shared by
+// the compiler, which takes three instructions instead of two.)
 template <int C>
 __device__ __forceinline__ void add_weighted(const float (&weights)[kRowsPerThread][kTokens<C>], const float* tile,
                                              int begin, int channels, ChannelSums<C>& acc, const RowSums& sums,
@@ -242,8 +257,7 @@ __device__ __forceinline__ void load_columns(float (&table)[kRowsPerThread][colu
 #pragma unroll
   for (int j = 0; j < columns; ++j, entry = entry.from(1))
 #pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k)
-      table[k][j] = first + j < grid.columns ? entry(k, 0) * factor[k] : beyond;
+    for (int k = 0; k < kRowsPerThread; ++k) table[k][j] = first + j < grid.columns ? entry(k, 0) * factor[k] : beyond;
 }
 
 // Where the entries of an outer position stand in the tables of the outer axes, as it moves on: as offsets in arrays of
@@ -404,9 +418,7 @@ __device__ inline void tokens_kept(PerRow<uint32_t>& kept, const RowsTask& task,
                          : kAllThere;
 }
 
-__device__ __forceinline__ float where(uint32_t bits, int bit, float value) {
-  return bits >> bit & 1 ? value : 0.0f;
-}
+__device__ __forceinline__ float where(uint32_t bits, int bit, float value) { return bits >> bit & 1 ? value : 0.0f; }
 
 // A tile row's tokens there and, of each row, those that dropout keeps.
 struct Present {
@@ -414,8 +426,8 @@ struct Present {
   PerRow<uint32_t> kept;
 };
 
-// Runs the warp's tile rows of a strip: step(tile, present); chunk_ends() follows each chunk of the pipe. `careful`: some
-// tokens may not be there or dropped.
+// Runs the warp's tile rows of a strip: step(tile, present); chunk_ends() follows each chunk of the pipe. `careful`:
+// some tokens may not be there or dropped.
 template <bool careful, class Entries, class Step, class ChunkEnds>
 __device__ __forceinline__ void stream_strip(const RowsTask& task, const Share& share, int strip, TilePipe& pipe,
                                              Entries& entries, const Step& step, const ChunkEnds& chunk_ends) {
@@ -495,7 +507,7 @@ __device__ void choose_reference(PerRow<float>& reference, const RowsTask& task,
   // The largest score of the warps' first tile rows; and of the tables, outer and column, the largest and minus the
   // smallest entry.
   float found[5][kRowsPerThread];
-  for (float(&values)[kRowsPerThread] : found)
+  for (float (&values)[kRowsPerThread] : found)
     for (float& value : values) value = -kInfinity;
   const bool works = share.first < share.last;
   largest_scores<C, one_outer>(found[0], task, form, a, tiles, share.first_strip, share.first_strip + works,
@@ -577,19 +589,20 @@ __device__ __forceinline__ void attend(const float* tile, const Present& present
 
 // Sums of 2^(score - reference). A block's states: acc, the sum of the weights, the same after dropout, reference.
 template <int C, bool one_outer, bool careful>
-__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, kForwardBlocks<C, one_outer, careful>)
+    separable_attention_fwd_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
   const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
-  const PaddedArray<float> outer_sums(
-      task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
+  const PaddedArray<float> outer_sums(task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows,
+                                      grid.padded_rows, share.row);
   const Channels<C> a(form, log2e, grid.channels);
   PerRow<float> constant;
   {
-    const PaddedArray<float> states = states_of(task);
+    const PaddedArray<float> states = states_of(task, share);
     PerRow<float> reference;
     choose_reference<C, one_outer>(reference, task, share, form, a, memory.exchange);
     for (int k = 0; k < kRowsPerThread; ++k) {
@@ -623,7 +636,7 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_f
     });
     leave_strip(marginal, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, stored, share, split.warps, states_of(task));
+  leave(memory.sums, stored, stored, share, split.warps, states_of(task, share));
 }
 
 // --- backward ---
@@ -633,9 +646,9 @@ constexpr int kPrepareLanes = 16;
 // Of each row, [B, 4, padded rows]: the weights are recomputed as 2^(score - reference), reference being log2(e) lse in
 // float32; what rounding took away is a factor near 1 of the upstream gradients; factor * delta; factor * d_total.
 __global__ void __launch_bounds__(32 * kPrepareLanes)
-    separable_attention_bwd_prepare_kernel(const float* sums, const double* lse, const float* total, const float* d_sums,
-                                           TensorView d_lse, TensorView d_total, bool drops, int rows, int entries,
-                                           int padded_rows, float* statistics) {
+    separable_attention_bwd_prepare_kernel(const float* sums, const double* lse, const float* total,
+                                           const float* d_sums, TensorView d_lse, TensorView d_total, bool drops,
+                                           int rows, int entries, int padded_rows, float* statistics) {
   double* shared = shared_memory<double>();  // [kPrepareLanes, 32]
   const int lane = static_cast<int>(threadIdx.x) % 32, share = static_cast<int>(threadIdx.x) / 32;
   const int blocks = padded_rows / 32, row = static_cast<int>(blockIdx.x) % blocks * 32 + lane;
@@ -674,8 +687,8 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
                                                 const Channels<C>& d_acc, const Strip& table, const Strip& d_marginal,
                                                 const PerRow<float>& outer, const PerRow<float>& d_outer,
                                                 const PerRow<float>& minus_reference, const PerRow<float>& minus_delta,
-                                                const PerRow<float>& d_total, const RowSums& sums,
-                                                ChannelSums<C>& d_a, Strip& d_table, PerRow<float>& d_outer_score) {
+                                                const PerRow<float>& d_total, const RowSums& sums, ChannelSums<C>& d_a,
+                                                Strip& d_table, PerRow<float>& d_outer_score) {
 #pragma unroll
   for (int begin = 0; begin < kColumns; begin += kTokens<C>) {
     float ds[kRowsPerThread][kTokens<C>], u[kRowsPerThread][kTokens<C>];
@@ -695,7 +708,8 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
 
 // Sums of ds, the gradients of the form, as forward's kernel leaves its sums.
 template <int C, bool one_outer, bool careful>
-__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_bwd_rows_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, kBackwardBlocks<C, careful>)
+    separable_attention_bwd_rows_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
@@ -704,10 +718,10 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
   const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
   const RowArray<const float> upstream(task.upstream + int64_t{share.batch} * grid.entries() * grid.rows, grid.rows,
                                        share.row);
-  const PaddedArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows, grid.padded_rows,
-                                         share.row);
-  const PaddedArray<float> outer_sums(
-      task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
+  const PaddedArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows,
+                                            grid.padded_rows, share.row);
+  const PaddedArray<float> outer_sums(task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows,
+                                      grid.padded_rows, share.row);
   PerRow<float> minus_reference, factor, minus_delta, d_total;
   for (int k = 0; k < kRowsPerThread; ++k) {
     const float keep = task.drops ? task.rule.kept : 1.0f;
@@ -733,8 +747,8 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
       PerRow<float> outer, d_outer, d_outer_score = {};
       outer_sum(outer, outer_tables, entries, log2e);
       outer_sum(d_outer, outer_upstream, entries, factor);
-      attend_backward<C, careful>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference, minus_delta,
-                         d_total, sums, d_a, d_table, d_outer_score);
+      attend_backward<C, careful>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference,
+                                  minus_delta, d_total, sums, d_a, d_table, d_outer_score);
       add_outer(outer_sums, entries, d_outer_score);
     };
     stream_strip<careful>(task, share, strip, pipe, entries, step, [&] {
@@ -743,12 +757,12 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
     });
     leave_strip(d_table, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, grid.channels, share, split.warps, states_of(task));
+  leave(memory.sums, stored, grid.channels, share, split.warps, states_of(task, share));
 }
 
 // --- merging ---
 
-constexpr int kMergeLanes = 8, kMergeEntries = 4 * kMergeLanes;
+constexpr int kMergeRows = 32, kMergeLanes = 8, kMergeEntries = 4 * kMergeLanes;
 
 // The sum or the largest of all lanes' values of a row.
 template <class Combine>
@@ -761,15 +775,16 @@ __device__ float over_lanes(float value, float* exchange, int row, int lane, con
   return value;
 }
 
-// Adds the blocks' partial sums of kMergeEntries entries of kMergeRows rows: forward's (with lse) as states merge, divided
-// by the sum of the weights; backward's as they are, over the batch where all its entries have the same form.
+// Adds the blocks' partial sums of kMergeEntries entries of kMergeRows rows: forward's (with lse) as states merge,
+// divided by the sum of the weights; backward's as they are, over the batch where all its entries have the same form.
 __global__ void __launch_bounds__(kMergeRows* kMergeLanes)
     separable_merge_kernel(RowsTask task, float* result, double* lse, float* total, int batches) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
-  float* const exchange = shared_memory<float>();                        // [kMergeLanes, kMergeRows]
-  float* const factors = exchange + kMergeLanes * kMergeRows;            // [slots, kMergeRows], forward
-  const int row_blocks = grid.padded_rows / kMergeRows, entry_blocks = (grid.entries() + kMergeEntries - 1) / kMergeEntries;
+  float* const exchange = shared_memory<float>();              // [kMergeLanes, kMergeRows]
+  float* const factors = exchange + kMergeLanes * kMergeRows;  // [slots, kMergeRows], forward
+  const int row_blocks = grid.padded_rows / kMergeRows,
+            entry_blocks = (grid.entries() + kMergeEntries - 1) / kMergeEntries;
   const int own_row = static_cast<int>(threadIdx.x) % kMergeRows, lane = static_cast<int>(threadIdx.x) / kMergeRows;
   const int row = static_cast<int>(blockIdx.x) % row_blocks * kMergeRows + own_row;
   const int entry_block = static_cast<int>(blockIdx.x) / row_blocks % entry_blocks;
@@ -875,8 +890,8 @@ RowsTask task_of(const SeparableCall& call, int multiprocessors, const TensorVie
           call.dropout.p > 0.0};
 }
 
-// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer axis,
-// careful).
+// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer
+// axis, careful).
 template <class Select>
 Status run_rows(const SeparableCall& call, const RowsTask& task, Stream stream, const Select& select) {
   using Yes = std::true_type;
