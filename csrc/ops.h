@@ -175,6 +175,36 @@ Status separable_query_attention_bwd_keys(const SeparableQueryInputs&, const Sep
 Status separable_query_attention_bwd_values(const SeparableQueryInputs&, const SeparableQuerySaved&,
                                             const TensorView& d_v, Stream);
 
+// Separable attention where a and the tables are one array, the form [B|1, c + S_1 + ... + S_A, R]. It and all arrays
+// below are contiguous unless strides are spoken of; x, r, mask and dropout are as in SeparableInputs, float64 excluded.
+struct SeparableCall {
+  TensorView form, x, r, mask;
+  Dropout dropout;
+};
+
+// How many floats separable_attention_fwd and separable_attention_bwd_rows work in.
+int64_t separable_attention_workspace(const SeparableCall&, int multiprocessors);
+// sums [B, c + S_1 + ... + S_A, R], lse [B, R] in float64, total [B, R].
+Status separable_attention_fwd(const SeparableCall&, int multiprocessors, const TensorView& workspace,
+                               const TensorView& sums, const TensorView& lse, const TensorView& total, Stream);
+// statistics [B, 4, padded R], what backward's kernels need of a row besides forms; d_lse (float64) and d_total have any
+// strides.
+Status separable_attention_bwd_prepare(const TensorView& sums, const TensorView& lse, const TensorView& total,
+                                       const TensorView& d_sums, const TensorView& d_lse, const TensorView& d_total,
+                                       bool dropout, const TensorView& statistics, Stream);
+// d_form, of the form's shape: the sum over the batch where that is 1.
+Status separable_attention_bwd_rows(const SeparableCall&, int multiprocessors, const TensorView& workspace,
+                                    const TensorView& d_sums, const TensorView& statistics, const TensorView& d_form,
+                                    Stream);
+// d_x [B, S_1, ..., S_A, c] in x's dtype and d_r [B, S_1, ..., S_A], each undefined where it is not wanted. d_sums has
+// the form's entries; statistics [B, 4, padded R]: log2(e) lse rounded, the factor f that this took from the weights,
+// f delta, f d_total.
+Status separable_attention_bwd_tokens(const SeparableCall&, const TensorView& workspace, const TensorView& d_sums,
+                                      const TensorView& statistics, const TensorView& d_x, const TensorView& d_r,
+                                      Stream);
+// How many floats it works in, perhaps none.
+int64_t separable_attention_bwd_tokens_workspace(const SeparableCall&, bool needs_x, bool needs_r);
+
 }  // namespace cuda
 
 // --- on a CPU ---

@@ -23,6 +23,11 @@ void run(const Call& call) {
   if (status.code != 0) throw std::runtime_error("CUDA error " + std::to_string(status.code) + ": " + status.message);
 }
 
+// form, x, r, mask.
+pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple& dropout) {
+  return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), pk::dropout_of(dropout)};
+}
+
 // (form, v, bias, x, r) and (d_out, reference, delta).
 pk::SeparableQueryInputs query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
                                       const py::tuple& dropout) {
@@ -122,5 +127,58 @@ PYBIND11_MODULE(_cuda, module) {
     const auto left = query_saved(saved);
     const auto d_v_view = view(d_v);
     run([&] { return pk::cuda::separable_query_attention_bwd_values(in, left, d_v_view, stream_at(stream)); });
+  });
+
+  module.def("separable_attention_workspace",
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors) {
+               return pk::cuda::separable_attention_workspace(separable_call(tensors, dropout), multiprocessors);
+             });
+  module.def("separable_attention_fwd",
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& sums, const py::handle& lse, const py::handle& total, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
+               const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+               run([&] {
+                 return pk::cuda::separable_attention_fwd(call, multiprocessors, memory, of_sums, of_lse, of_total,
+                                                          stream_at(stream));
+               });
+             });
+  module.def("separable_attention_bwd_prepare",
+             [](const py::handle& sums, const py::handle& lse, const py::handle& total, const py::handle& d_sums,
+                const py::handle& d_lse, const py::handle& d_total, bool dropout, const py::handle& statistics,
+                uintptr_t stream) {
+               const auto of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+               const auto of_d_sums = view(d_sums), of_d_lse = view(d_lse), of_d_total = view(d_total);
+               const auto out = view(statistics);
+               run([&] {
+                 return pk::cuda::separable_attention_bwd_prepare(of_sums, of_lse, of_total, of_d_sums, of_d_lse,
+                                                                  of_d_total, dropout, out, stream_at(stream));
+               });
+             });
+  module.def("separable_attention_bwd_rows",
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& d_sums, const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
+               const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+               const auto out = view(d_form);
+               run([&] {
+                 return pk::cuda::separable_attention_bwd_rows(call, multiprocessors, memory, upstream, of_rows, out,
+                                                               stream_at(stream));
+               });
+             });
+  module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
+                                                            bool needs_x, bool needs_r) {
+    return pk::cuda::separable_attention_bwd_tokens_workspace(separable_call(tensors, dropout), needs_x, needs_r);
+  });
+  module.def("separable_attention_bwd_tokens", [](const py::tuple& tensors, const py::tuple& dropout,
+                                                  const py::handle& workspace, const py::handle& d_sums,
+                                                  const py::handle& statistics, const py::handle& d_x,
+                                                  const py::handle& d_r, uintptr_t stream) {
+    const auto call = separable_call(tensors, dropout);
+    const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+    const auto of_x = view(d_x), of_r = view(d_r);
+    run([&] {
+      return pk::cuda::separable_attention_bwd_tokens(call, memory, upstream, of_rows, of_x, of_r, stream_at(stream));
+    });
   });
 }

@@ -114,7 +114,7 @@ def _parts(v: Tensor, grid: Sequence[int], chunks: int) -> tuple[int, int]:
     """How many parts blocks that own keys split the columns and the outer positions into, to fill the GPU."""
     batch, heads, keys, _ = v.shape
     blocks = batch * heads * math.ceil(keys / BLOCK_KEYS) * chunks
-    wanted = math.ceil(4 * runtime.multiprocessors(v) / max(blocks, 1))
+    wanted = math.ceil(4 * runtime.multiprocessors(v.device) / max(blocks, 1))
     column_parts = max(min(math.ceil(grid[-1] / TILE_COLUMNS), wanted), 1)
     return column_parts, max(min(math.prod(grid[:-1]), math.ceil(wanted / column_parts)), 1)
 
