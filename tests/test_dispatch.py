@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -107,7 +108,7 @@ def test_explain() -> None:
     text = pk.explain(pk.separable_attention, *arguments())
     assert "native: runs this call" in text
     assert "reference: would do" in text
-    assert "cuda: no, the device is cpu, must be cuda" in text or "cuda: no, it cannot be used here" in text
+    assert re.search("cuda: no, .*device is cpu", text)
     assert "cuda: no, it has no linear" in pk.explain("linear", torch.zeros(1, 2), torch.zeros(3, 2))
     with pk.use_backend("reference"):
         assert "native: no, the backend asked for is 'reference'" in pk.explain("separable_attention", *arguments())
