@@ -43,7 +43,7 @@ def row(declaration: Declaration) -> list[str]:
         listed(declaration.compute_dtypes),
         listed(declaration.data_dtypes),
         limits(declaration.axes),
-        limits(declaration.channels),
+        listed(declaration.head_dims) if declaration.head_dims else limits(declaration.channels),
         answer(declaration.mask) if "mask" in arguments else NOT_AN_ARGUMENT,
         answer(declaration.dropout) if "dropout_p" in arguments else NOT_AN_ARGUMENT,
     ]
