@@ -98,7 +98,7 @@ __device__ __forceinline__ OuterEntries outer_entries(const Call& call, int oute
   for (int axis = 0; axis < kMaxOuterAxes; ++axis) {
     if (axis >= call.outer_axes) break;
     first -= call.sizes[axis];
-    const bool last = axis + 1 == call.outer_axes;
+    const bool last = axis + 1 == call.outer_axes;  // needs no division
     result.entries[axis] = first + (last ? outer : outer % call.sizes[axis]);
     if (!last) outer /= call.sizes[axis];
   }

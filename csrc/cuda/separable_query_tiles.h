@@ -202,7 +202,9 @@ struct DotProducts {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < tiles * kStream / 2; ++i) (&sums[0][0][0])[i] = 0.0f;
+    for (auto& tile : sums)
+      for (auto& product : tile)
+        for (float& sum : product) sum = 0.0f;
   }
 
   // rows: the warp's, at the chunk's channels.
@@ -245,7 +247,8 @@ struct DotProducts<float, tiles> {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < tiles * kStream / 2; ++i) (&sums[0][0])[i] = 0.0f;
+    for (auto& row : sums)
+      for (float& sum : row) sum = 0.0f;
   }
 
   __device__ __forceinline__ void add(const float* rows, int pitch, const float* streamed) {
