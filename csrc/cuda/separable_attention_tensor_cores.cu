@@ -70,11 +70,17 @@ struct FormMemory {
 };
 
 // What a block has in shared memory; there rather than in registers, which are for sums.
-struct BlockMemory {
-  FormMemory form, upstream;  // upstream: backward
+struct ForwardMemory {
+  FormMemory form;
   float features[kChunk * kTokenFloats];
   float totals[4 * kRowTiles][kThreads];  // of each lane's sums: short sums lose less to rounding
   Share share;
+};
+
+struct BlockMemory : ForwardMemory {
+  // Backward only: the other linear form, and its column table, each lane's.
+  FormMemory upstream;
+  float2 upstream_table[2 * kRowTiles * kTokenTiles][kThreads];
 };
 
 // A form's entries times the rows' factors. Rows that do not exist read as the last one that
@@ -107,22 +113,27 @@ struct Entries {
     for (int c = 0; c < kMostChannels; ++c) store(c, channel(c, static_cast<int>(threadIdx.x)));
   }
   __device__ void store_outer(int first) const {
-#pragma unroll 1
-    for (int i = 0; i < kChunk; ++i)
-      store(kMostChannels + i, outer(min(first + i, share.last - 1), static_cast<int>(threadIdx.x)));
+    float value[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) value[i] = outer(min(first + i, share.last - 1), static_cast<int>(threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) store(kMostChannels + i, value[i]);
   }
 };
 
-__device__ void stage_features(const RowsTask& task, const Share& share, int strip, int first, float* features) {
+__device__ __forceinline__ void stage_features(const RowsTask& task, const Share& share, int strip, int first,
+                                               float* features) {
+  static_assert(kChunk * kStripColumns % kThreads == 0, "each thread has as many tokens");
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kChunk * kStripColumns; i += kThreads) {
-    const int position = first + i / kStripColumns, column = i % kStripColumns, tile_strip = strip + column / kColumns;
-    if (position >= share.last) return;
+  for (int at = 0; at < kChunk * kStripColumns; at += kThreads) {
+    const int own = at + static_cast<int>(threadIdx.x), column = own % kStripColumns,
+              tile_strip = strip + column / kColumns;
     const bool exists = tile_strip < task.grid.strips;
+    const int position = min(first + own / kStripColumns, share.last - 1);
     const float* token = share.tile(task, exists ? tile_strip : strip, position) + column % kColumns;
-    float* target = features + i / kStripColumns * kTokenFloats + column;
+    float* target = features + own / kStripColumns * kTokenFloats + column;
     const float r = exists ? token[task.grid.channels * kColumns] : 1.0f;
-#pragma unroll 1
+#pragma unroll
     for (int f = 0; f < kExactFactor; ++f) {
       float value = f == kFactor ? r : f == kOne ? 1.0f : 0.0f;
       if (exists && f < task.grid.channels) value = token[f * kColumns];
@@ -134,20 +145,15 @@ __device__ void stage_features(const RowsTask& task, const Share& share, int str
 
 // --- the reference: of a thread's own row ---
 
-// Its largest score over some tile rows, or `largest`.
-__device__ float largest_score(const RowsTask& task, const Share& share, const Entries& form, float largest,
-                               int last_strip, int last) {
+__device__ __forceinline__ float score(const RowsTask& task, const Entries& form, int column, int position) {
+  const Grid& grid = task.grid;
   const int row = static_cast<int>(threadIdx.x);
-  for (int column = share.first_strip * kColumns; column < last_strip * kColumns; ++column) {
-    const float table = form.column(column, row, -kInfinity);
-    const float* token = share.tile(task, column / kColumns, share.first) + column % kColumns;
-    for (int position = share.first; position < last; ++position, token += task.grid.tile_floats()) {
-      float score = token[task.grid.channels * kColumns] * (form.outer(position, row) + table);
-      for (int c = 0; c < task.grid.channels; ++c) score = fmaf(form.channel(c, row), token[c * kColumns], score);
-      largest = fmaxf(largest, score);
-    }
-  }
-  return largest;
+  const float* token = form.share.tile(task, column / kColumns, position) + column % kColumns;
+  float value = token[grid.channels * kColumns] * (form.outer(position, row) + form.column(column, row, -kInfinity));
+#pragma unroll
+  for (int c = 0; c < kMostChannels; ++c)
+    if (c < grid.channels) value = fmaf(form.channel(c, row), token[c * kColumns], value);
+  return value;
 }
 
 // A bound of its scores by interval arithmetic.
@@ -155,11 +161,13 @@ __device__ float score_bound(const RowsTask& task, const Share& share, const Ent
   const Grid& grid = task.grid;
   const int row = static_cast<int>(threadIdx.x), quantities = grid.channels + 1;
   float low = kInfinity, high = -kInfinity, column_low = kInfinity, column_high = -kInfinity;
+#pragma unroll 8
   for (int position = share.first; position < share.last; ++position) {
     const float value = form.outer(position, row);
     low = fminf(low, value), high = fmaxf(high, value);
   }
   const int last_column = min(share.last_strip * kColumns, grid.columns);
+#pragma unroll 8
   for (int column = share.first_strip * kColumns; column < last_column; ++column) {
     const float value = form.column(column, row, 0.0f);
     column_low = fminf(column_low, value), column_high = fmaxf(column_high, value);
@@ -179,9 +187,16 @@ __device__ float score_bound(const RowsTask& task, const Share& share, const Ent
 
 // A score that the row has, and where others may lie far above it, the largest.
 __device__ float reference_of(const RowsTask& task, const Share& share, const Entries& form) {
-  const float some = largest_score(task, share, form, -kInfinity, share.first_strip + 1, share.first + 1);
-  if (score_bound(task, share, form) <= some + kLazyMargin) return some;
-  return largest_score(task, share, form, some, share.last_strip, share.last);
+  float largest = -kInfinity;
+#pragma unroll 8
+  for (int j = 0; j < kColumns; ++j)
+    largest = fmaxf(largest, score(task, form, share.first_strip * kColumns + j, share.first));
+  if (score_bound(task, share, form) <= largest + kLazyMargin) return largest;
+#pragma unroll 1
+  for (int column = share.first_strip * kColumns; column < share.last_strip * kColumns; ++column)
+    for (int position = share.first; position < share.last; ++position)
+      largest = fmaxf(largest, score(task, form, column, position));
+  return largest;
 }
 
 // --- sums ---
@@ -207,16 +222,9 @@ struct Lane {
 
 // What a lane has of a linear form.
 struct LaneForm {
-  float table[kRowTiles][kTokenTiles][4], constant[kRowTiles][2];
+  float constant[kRowTiles][2];
   uint32_t coefficients[kRowTiles][4];
 
-  __device__ void load_table(const Entries& entries, int strip, float beyond) {
-    const Lane lane;
-    for (int m = 0; m < kRowTiles; ++m)
-      for (int n = 0; n < kTokenTiles; ++n)
-        for (int e = 0; e < 4; ++e)
-          table[m][n][e] = entries.column(lane.column(strip, n, e), lane.row + 16 * m + e / 2 * 8, beyond);
-  }
   __device__ void load_constants(const FormMemory& memory, int row) {
     for (int m = 0; m < kRowTiles; ++m)
       for (int h = 0; h < 2; ++h) constant[m][h] = memory.constant[row + 16 * m + 8 * h];
@@ -228,11 +236,21 @@ struct LaneForm {
       coefficients[m][3] = four.w;
     }
   }
-  __device__ void at(float (&value)[4], int m, int n, const float2& r, float feature) const {
-    for (int e = 0; e < 4; ++e) value[e] = fmaf(e % 2 ? r.y : r.x, table[m][n][e], constant[m][e / 2]);
+  __device__ void at(float (&value)[4], const float (&table)[4], int m, const float2& r, float feature) const {
+    for (int e = 0; e < 4; ++e) value[e] = fmaf(e % 2 ? r.y : r.x, table[e], constant[m][e / 2]);
     mma_tf32(value, coefficients[m], {__float_as_uint(feature), __float_as_uint(feature)});
   }
 };
+
+using Tile = float[kRowTiles][kTokenTiles][4];
+
+__device__ __forceinline__ void load_table(Tile& table, const Entries& entries, int strip, float beyond) {
+  const Lane lane;
+  for (int m = 0; m < kRowTiles; ++m)
+    for (int n = 0; n < kTokenTiles; ++n)
+      for (int e = 0; e < 4; ++e)
+        table[m][n][e] = entries.column(lane.column(strip, n, e), lane.row + 16 * m + e / 2 * 8, beyond);
+}
 
 // Forward, sums of p = 2^(score - reference); backward, of p (r u - delta). The block's states: acc, the sum of p, the
 // same again, the reference.
@@ -245,7 +263,7 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
   if (thread == 0) {
     memory.share = Share(task);
     memory.form.entries = task.form + share.batch * grid.form_batch;
-    memory.upstream.entries = task.upstream + int64_t{share.batch} * grid.entries() * grid.rows;
+    if (backward) memory.upstream.entries = task.upstream + int64_t{share.batch} * grid.entries() * grid.rows;
   }
   __syncthreads();
   const Entries form{share, grid, memory.form}, upstream{share, grid, memory.upstream};
@@ -270,8 +288,16 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
   for (float (&total)[kThreads] : memory.totals) total[thread] = 0.0f;
   for (int strip = share.first_strip; strip < share.last_strip; strip += kStripTiles) {
     LaneForm scores, u;
-    scores.load_table(form, strip, -kInfinity);
-    if (backward) u.load_table(upstream, strip, 0.0f);
+    Tile table;
+    if (backward) {
+      load_table(table, upstream, strip, 0.0f);
+      for (int m = 0; m < kRowTiles; ++m)
+        for (int n = 0; n < kTokenTiles; ++n)
+          for (int h = 0; h < 2; ++h)
+            memory.upstream_table[(m * kTokenTiles + n) * 2 + h][thread] =
+                make_float2(table[m][n][2 * h], table[m][n][2 * h + 1]);
+    }
+    load_table(table, form, strip, -kInfinity);
     float marginal[kRowTiles][kTokenTiles][4] = {};
     for (int first = share.first; first < share.last; first += kChunk) {
       __syncthreads();
@@ -302,16 +328,18 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
             for (int h = 0; h < 2; ++h)
               sums[m][2 * h + kFactor % 2] = strip > share.first_strip ? outer_sum[16 * m + 8 * h] : 0.0f;
         scores.load_coefficients(operands);
-        if (backward) u.load_coefficients(operands + sizeof(FormMemory) / sizeof(float));
+        if (backward) u.load_coefficients(operands + (memory.upstream.operands[0] - memory.form.operands[0]));
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const float2 r = pair(factor + 8 * n), of_sums = pair(summed + 8 * n);
           for (int m = 0; m < kRowTiles; ++m) {
             float p[4], d[4];
-            scores.at(p, m, n, r, feature[8 * n]);
+            scores.at(p, table[m][n], m, r, feature[8 * n]);
             for (int e = 0; e < 4; ++e) p[e] = exp2_approx(p[e]);
             if (backward) {
-              u.at(d, m, n, r, feature[8 * n]);
+              const float2* entries = &memory.upstream_table[(m * kTokenTiles + n) * 2][thread];
+              const float of_u[4] = {entries[0].x, entries[0].y, entries[kThreads].x, entries[kThreads].y};
+              u.at(d, of_u, m, r, feature[8 * n]);
               for (int e = 0; e < 4; ++e) p[e] *= d[e];
             }
             for (int e = 0; e < 4; ++e) marginal[m][n][e] = fmaf(e % 2 ? r.y : r.x, p[e], marginal[m][n][e]);
@@ -356,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 3) separable_attention_fwd_tensor_co
   sum_products<false>(task);
 }
 
-__global__ void __launch_bounds__(kThreads, 2) separable_attention_bwd_rows_tensor_cores_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kThreads, 3) separable_attention_bwd_rows_tensor_cores_kernel(RowsTask task) {
   sum_products<true>(task);
 }
 
@@ -389,11 +417,12 @@ Split split_for_products(const Grid& grid, int multiprocessors) {
   return best;
 }
 
-Status run_products(void (*kernel)(RowsTask), const SeparableCall& call, const RowsTask& task, Stream stream) {
+Status run_products(void (*kernel)(RowsTask), size_t shared, const SeparableCall& call, const RowsTask& task,
+                    Stream stream) {
   const Status packed = pack(call, task.grid, const_cast<float*>(task.tiles), const_cast<float*>(task.extents), stream);
   if (packed.code != 0) return packed;
   const int64_t blocks = task.grid.batch * ceil_div(task.grid.rows, kRows) * task.split.slots();
-  return launch(kernel, blocks, kThreads, sizeof(BlockMemory), stream, task);
+  return launch(kernel, blocks, kThreads, shared, stream, task);
 }
 
 }  // namespace
@@ -409,7 +438,8 @@ Status separable_attention_fwd_tensor_cores(const SeparableCall& call, int multi
                                             Stream stream) {
   const Grid grid = grid_of(call);
   const RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors), workspace);
-  const Status status = run_products(separable_attention_fwd_tensor_cores_kernel, call, task, stream);
+  const Status status =
+      run_products(separable_attention_fwd_tensor_cores_kernel, sizeof(ForwardMemory), call, task, stream);
   if (status.code != 0) return status;
   return merge(task, sums.as<float>(), lse.as<double>(), total.as<float>(), 1, stream);
 }
@@ -422,7 +452,8 @@ Status separable_attention_bwd_rows_tensor_cores(const SeparableCall& call, int 
   RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors), workspace);
   task.upstream = d_sums.as<const float>();
   task.statistics = statistics.as<const float>();
-  const Status status = run_products(separable_attention_bwd_rows_tensor_cores_kernel, call, task, stream);
+  const Status status =
+      run_products(separable_attention_bwd_rows_tensor_cores_kernel, sizeof(BlockMemory), call, task, stream);
   if (status.code != 0) return status;
   return merge(task, d_form.as<float>(), nullptr, nullptr, call.form.size(0) == 1 ? grid.batch : 1, stream);
 }
