@@ -96,6 +96,12 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
 
 // --- numbers ---
 
+// The value as if it were new: what follows from it is computed here, not kept in registers from before a loop.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // 2^x to 2 units in the last place; 0 below the smallest normal number.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
