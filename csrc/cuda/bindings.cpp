@@ -130,19 +130,22 @@ PYBIND11_MODULE(_cuda, module) {
   });
 
   module.def("separable_attention_workspace",
-             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors) {
-               return pk::cuda::separable_attention_workspace(separable_call(tensors, dropout), multiprocessors);
+             [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores, int multiprocessors) {
+               const auto workspace = tensor_cores ? pk::cuda::separable_attention_tensor_cores_workspace
+                                                   : pk::cuda::separable_attention_workspace;
+               return workspace(separable_call(tensors, dropout), multiprocessors);
              });
-  module.def("separable_attention_fwd",
-             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
-                const py::handle& sums, const py::handle& lse, const py::handle& total, uintptr_t stream) {
-               const auto call = separable_call(tensors, dropout);
-               const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
-               run([&] {
-                 return pk::cuda::separable_attention_fwd(call, multiprocessors, memory, of_sums, of_lse, of_total,
-                                                          stream_at(stream));
-               });
-             });
+  module.def("separable_attention_fwd", [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores,
+                                           int multiprocessors, const py::handle& workspace, const py::handle& sums,
+                                           const py::handle& lse, const py::handle& total, uintptr_t stream) {
+    const auto call = separable_call(tensors, dropout);
+    const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+    run([&] {
+      const auto fwd =
+          tensor_cores ? pk::cuda::separable_attention_fwd_tensor_cores : pk::cuda::separable_attention_fwd;
+      return fwd(call, multiprocessors, memory, of_sums, of_lse, of_total, stream_at(stream));
+    });
+  });
   module.def("separable_attention_bwd_prepare",
              [](const py::handle& sums, const py::handle& lse, const py::handle& total, const py::handle& d_sums,
                 const py::handle& d_lse, const py::handle& d_total, bool dropout, const py::handle& statistics,
@@ -156,14 +159,16 @@ PYBIND11_MODULE(_cuda, module) {
                });
              });
   module.def("separable_attention_bwd_rows",
-             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
-                const py::handle& d_sums, const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
+             [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores, int multiprocessors,
+                const py::handle& workspace, const py::handle& d_sums, const py::handle& statistics,
+                const py::handle& d_form, uintptr_t stream) {
                const auto call = separable_call(tensors, dropout);
                const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
                const auto out = view(d_form);
                run([&] {
-                 return pk::cuda::separable_attention_bwd_rows(call, multiprocessors, memory, upstream, of_rows, out,
-                                                               stream_at(stream));
+                 const auto bwd = tensor_cores ? pk::cuda::separable_attention_bwd_rows_tensor_cores
+                                               : pk::cuda::separable_attention_bwd_rows;
+                 return bwd(call, multiprocessors, memory, upstream, of_rows, out, stream_at(stream));
                });
              });
   module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
@@ -181,29 +186,4 @@ PYBIND11_MODULE(_cuda, module) {
       return pk::cuda::separable_attention_bwd_tokens(call, memory, upstream, of_rows, of_x, of_r, stream_at(stream));
     });
   });
-
-  module.def("separable_attention_tensor_cores_workspace", [](const py::tuple& call, int multiprocessors) {
-    return pk::cuda::separable_attention_tensor_cores_workspace(separable_call(call), multiprocessors);
-  });
-  module.def("separable_attention_fwd_tensor_cores",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& sums,
-                const py::handle& lse, const py::handle& total, uintptr_t stream) {
-               const auto call = separable_call(arguments);
-               const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
-               run([&] {
-                 return pk::cuda::separable_attention_fwd_tensor_cores(call, multiprocessors, memory, of_sums, of_lse,
-                                                                       of_total, stream_at(stream));
-               });
-             });
-  module.def("separable_attention_bwd_rows_tensor_cores",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& d_sums,
-                const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
-               const auto call = separable_call(arguments);
-               const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
-               const auto out = view(d_form);
-               run([&] {
-                 return pk::cuda::separable_attention_bwd_rows_tensor_cores(call, multiprocessors, memory, upstream,
-                                                                            of_rows, out, stream_at(stream));
-               });
-             });
 }

@@ -53,7 +53,7 @@ def describe(tensor: Tensor | None) -> Described | None:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
 
 
-def describe_all(tensors: Sequence[Tensor]) -> tuple[Described | None, ...]:
+def describe_all(tensors: Sequence[Tensor | None]) -> tuple[Described | None, ...]:
     return tuple(describe(tensor) for tensor in tensors)
 
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from perceiver_kernels.backends.cuda import runtime
 from perceiver_kernels.backends.cuda.separable_attention_tokens import tokens_gradients
-from perceiver_kernels.backends.native import describe
+from perceiver_kernels.backends.native import describe, describe_all
+from perceiver_kernels.backends.precision import tf32_allowed
 
 State = tuple[Tensor, Tensor, Tensor]
 
 ROWS_OF_STATISTICS = 64  # their number is padded to a multiple of this
+TENSOR_CORES_MAX_CHANNELS = 3
 
 
 def separable_attention_fwd(
@@ -28,11 +30,8 @@ def separable_attention_fwd(
         return sums.zero_(), lse.fill_(-torch.inf), total.zero_()
     form = form.contiguous()
     call = _call(form, x, r, mask, dropout_p, seed)
-    workspace = _workspace(call, form)
-    runtime.module().separable_attention_fwd(
-        *call, runtime.multiprocessors(x.device), describe(workspace), describe(sums), describe(lse), describe(total),
-        runtime.stream(x),
-    )  # fmt: skip
+    results = _workspace(call, form), sums, lse, total
+    runtime.module().separable_attention_fwd(*call, *describe_all(results), runtime.stream(x))
     return sums, lse, total
 
 
@@ -58,11 +57,8 @@ def separable_attention_bwd(
     statistics = _statistics(saved, (d_sums, *upstream[1:]), dropout_p)
     if needs_form:
         call = _call(form, x, r, mask, dropout_p, seed)
-        workspace = _workspace(call, form)
-        runtime.module().separable_attention_bwd_rows(
-            *call, runtime.multiprocessors(x.device), describe(workspace), describe(d_sums), describe(statistics),
-            describe(d_form), runtime.stream(x),
-        )  # fmt: skip
+        arrays = _workspace(call, form), d_sums, statistics, d_form
+        runtime.module().separable_attention_bwd_rows(*call, *describe_all(arrays), runtime.stream(x))
     if needs_x or needs_r:
         tokens_gradients(form, x, r, mask, dropout_p, seed, d_sums, statistics, d_x, d_r)
     return d_form, d_x, d_r
@@ -73,14 +69,26 @@ def _empty(form: Tensor, x: Tensor) -> bool:
     return form.shape[2] == 0 or x.numel() == 0
 
 
+def by_tensor_cores(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Whether rows run on products of TensorFloat-32: kernels for few channels on a plane, where torch allows it."""
+    fits = x.dim() == 4 and x.shape[3] <= TENSOR_CORES_MAX_CHANNELS and mask is None and dropout_p == 0
+    return fits and form.dtype == torch.float32 and tf32_allowed()
+
+
 def _call(
     form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int
-) -> tuple[tuple[Any, ...], tuple[float, int, int]]:
-    return (describe(form), describe(x), describe(r), describe(mask)), (dropout_p, seed, 0)
+) -> tuple[Any, ...]:
+    """What both kernels of rows take first: tensors, dropout, by tensor cores or not, the GPU's multiprocessors."""
+    return (
+        describe_all((form, x, r, mask)),
+        (dropout_p, seed, 0),
+        by_tensor_cores(form, x, mask, dropout_p),
+        runtime.multiprocessors(x.device),
+    )
 
 
 def _workspace(call: tuple[Any, ...], form: Tensor) -> Tensor:
-    return form.new_empty(runtime.module().separable_attention_workspace(*call, runtime.multiprocessors(form.device)))
+    return form.new_empty(runtime.module().separable_attention_workspace(*call))
 
 
 def _statistics(saved: State, upstream: State, dropout_p: float) -> Tensor:

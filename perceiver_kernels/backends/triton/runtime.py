@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from perceiver_kernels.backends.precision import tf32_allowed
+
 # Products followed by sums become fused multiply-adds, whatever this release of Triton does by itself.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
@@ -30,11 +32,4 @@ def devices_if_forced() -> tuple[str, ...]:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 in full, or as TensorFloat-32 where torch's own products may be."""
-    return "tf32" if dtype == torch.float32 and _tf32_allowed() else "ieee"
-
-
-def _tf32_allowed() -> bool:
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # where it was set in torch's newer way, the older one refuses to be read
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
