@@ -446,7 +446,7 @@ def test_the_number_of_threads_changes_nothing(backend: str) -> None:
 
 
 @pytest.mark.skipif("cuda" not in BACKENDS or not cuda.emulated(), reason="needs the emulation of a GPU")
-@pytest.mark.parametrize(("grid", "dropout_p"), [((30, 40), 0.0), ((3, 4, 33), 0.0), ((90,), 0.0), ((9, 21), 0.3)])
+@pytest.mark.parametrize(("grid", "dropout_p"), [((20, 40), 0.0), ((3, 4, 33), 0.0), ((90,), 0.0), ((9, 21), 0.3)])
 @pytest.mark.parametrize("rows", [2, 70])
 def test_the_order_of_threads_changes_nothing(
     rows: int, grid: tuple[int, ...], dropout_p: float, monkeypatch: pytest.MonkeyPatch
@@ -457,14 +457,12 @@ def test_the_order_of_threads_changes_nothing(
     for multiprocessors in (4, 132):
         monkeypatch.setattr(cuda, "multiprocessors", lambda device, count=multiprocessors: count)
         check_against_reference(inputs, "cuda", torch.float32, **options)
-        results = []
-        for seed in (0, 7, 8):
-            cuda_emulation.shuffle(seed)
-            results.append(run(inputs, "cuda", **options))
+        in_order = run(inputs, "cuda", **options)
+        cuda_emulation.shuffle(7)
+        shuffled = run(inputs, "cuda", **options)
         cuda_emulation.shuffle(0)
-        for other in results[1:]:
-            for name, value in results[0].items():
-                assert torch.equal(value, other[name]), name
+        for name, value in in_order.items():
+            assert torch.equal(value, shuffled[name]), name
 
 
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)

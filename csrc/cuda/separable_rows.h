@@ -16,7 +16,6 @@ namespace {
 constexpr int kColumns = 16;  // of a tile row: tokens side by side on the last axis, at one outer position
 constexpr int kRowsPerThread = 2, kBlockRows = kRowsPerThread * 32;
 constexpr int kMaxOuterAxes = 3;
-constexpr int kFewChannels = 4;      // as many are kept in registers
 constexpr int kPackedTileRows = 32;  // of a block of the pack kernel; extents are known for so many at a time
 constexpr int kStages = 2;           // of a warp's tile rows in shared memory
 constexpr int kHeader = 4;           // floats after a tile row's tokens; the bits of the first: which tokens are there
@@ -99,6 +98,15 @@ inline TokenView token_view(const Grid& grid, const TensorView& tensor) {
   return result;
 }
 
+// The smallest and the largest of all lanes' values.
+__device__ inline float2 warp_extent(float low, float high) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    low = fminf(low, __shfl_xor_sync(0xFFFFFFFF, low, lanes));
+    high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, lanes));
+  }
+  return make_float2(low, high);
+}
+
 constexpr int kPackThreads = 128, kPackAtOnce = kPackThreads / kColumns, kPackOwn = kPackedTileRows / kPackAtOnce;
 
 // Tile rows of r x_1, ..., r x_c, r and which tokens are there, strip after strip, the outer positions within a strip;
@@ -142,13 +150,10 @@ __global__ void __launch_bounds__(kPackThreads)
       if (target[i]) target[i][c * kColumns] = value;
       if (keep[i]) low = fminf(low, value), high = fmaxf(high, value);
     }
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      low = fminf(low, __shfl_xor_sync(0xFFFFFFFF, low, lanes));
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, lanes));
-    }
+    const float2 of_warp = warp_extent(low, high);
     if (lane == 0) {
-      found[(warp * 2 + 0) * quantities + c] = low;
-      found[(warp * 2 + 1) * quantities + c] = high;
+      found[(warp * 2 + 0) * quantities + c] = of_warp.x;
+      found[(warp * 2 + 1) * quantities + c] = of_warp.y;
     }
   }
   __syncthreads();
