@@ -84,7 +84,7 @@ def _workspace(call: tuple[Any, ...], form: Tensor) -> Tensor:
 
 
 def _statistics(saved: State, upstream: State, dropout_p: float) -> Tensor:
-    """(batch, 4, padded rows): what backward needs of a row besides forms, by separable_attention_bwd_prepare_kernel."""
+    """(batch, 4, padded rows): what backward needs of a row besides forms, see separable_attention_bwd_prepare."""
     sums, lse, total = (value.contiguous() for value in saved)
     d_sums, d_lse, d_total = upstream
     padded = -(-sums.shape[2] // ROWS_OF_STATISTICS) * ROWS_OF_STATISTICS
