@@ -1,7 +1,6 @@
 // Separable attention on planes of up to three channels by TensorFloat-32 products, a mode of its own: forward and the
-// gradients of its rows (docs/cuda.md). Of a linear form r (a . x + t_1 + t_2) the column table is a multiply-add;
-// channels and row table are one product with the tokens' features [r x, r], and sums of [r x, r] times weights are
-// another.
+// gradients of its rows (docs/cuda.md). Of a linear form r (a . x + t_1 + t_2) the column table t_2 is a multiply-add;
+// a and t_1 are one product with the tokens' features [r x, r], and sums of [r x, r] times weights are another.
 #include "primitives.h"
 #include "separable_merge.h"
 
@@ -83,8 +82,7 @@ struct BlockMemory : ForwardMemory {
   float2 upstream_table[2 * kRowTiles * kTokenTiles][kThreads];
 };
 
-// A form's entries times the rows' factors. Rows that do not exist read as the last one that
-// does.
+// A form's entries times the rows' factors. Rows that do not exist read as the last one that does.
 struct Entries {
   const Share& share;
   const Grid& grid;
@@ -100,8 +98,7 @@ struct Entries {
     return at < grid.columns ? (*this)(grid.channels + grid.outer + at, own_row) : beyond;
   }
 
-  // Leaves the coefficient of this thread's row, rounded, and what rounding takes away as that of the feature once
-  // more.
+  // Leaves the coefficient of this thread's row, rounded, and what rounding took away as one of the feature once more.
   __device__ void store(int operand, float value) const {
     const int row = static_cast<int>(threadIdx.x);
     float* const place = memory.operands[operand] + row / 16 * 32 + row % 8 * 4 + row / 8 % 2;
@@ -113,25 +110,27 @@ struct Entries {
     for (int c = 0; c < kMostChannels; ++c) store(c, channel(c, static_cast<int>(threadIdx.x)));
   }
   __device__ void store_outer(int first) const {
+    const int thread = anew(static_cast<int>(threadIdx.x)), row = min(share.first_row + thread, grid.rows - 1);
+    const int count = share.last - first;
+    const float* entry = memory.entries + int64_t{grid.channels + first} * grid.rows + row;
     float value[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) value[i] = outer(min(first + i, share.last - 1), static_cast<int>(threadIdx.x));
+    for (int i = 0; i < kChunk; ++i, entry += grid.rows) value[i] = i < count ? *entry : 0.0f;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) store(kMostChannels + i, value[i]);
+    for (int i = 0; i < kChunk; ++i) store(kMostChannels + i, value[i] * memory.factor[thread]);
   }
 };
 
+// The features of the tokens of a strip at kChunk outer positions. A warp has a tile row, a thread a column.
 __device__ __forceinline__ void stage_features(const RowsTask& task, const Share& share, int strip, int first,
                                                float* features) {
-  static_assert(kChunk * kStripColumns % kThreads == 0, "each thread has as many tokens");
+  static_assert(kStripColumns == 32, "a lane to a column");
+  const int thread = anew(static_cast<int>(threadIdx.x)), column = thread % 32, warp = thread / 32;
+  const bool exists = strip + column / kColumns < task.grid.strips;
+  const float* token = share.tile(task, exists ? strip + column / kColumns : strip, first + warp) + column % kColumns;
+  float* target = features + warp * kTokenFloats + column;
 #pragma unroll 1
-  for (int at = 0; at < kChunk * kStripColumns; at += kThreads) {
-    const int own = at + static_cast<int>(threadIdx.x), column = own % kStripColumns,
-              tile_strip = strip + column / kColumns;
-    const bool exists = tile_strip < task.grid.strips;
-    const int position = min(first + own / kStripColumns, share.last - 1);
-    const float* token = share.tile(task, exists ? tile_strip : strip, position) + column % kColumns;
-    float* target = features + own / kStripColumns * kTokenFloats + column;
+  for (int left = min(share.last - first, kChunk) - warp; left > 0; left -= kWarps) {
     const float r = exists ? token[task.grid.channels * kColumns] : 1.0f;
 #pragma unroll
     for (int f = 0; f < kExactFactor; ++f) {
@@ -140,11 +139,13 @@ __device__ __forceinline__ void stage_features(const RowsTask& task, const Share
       target[f * kFeatureStride] = __uint_as_float(round_tf32(value));
     }
     target[kExactFactor * kFeatureStride] = r;
+    token += kWarps * task.grid.tile_floats(), target += kWarps * kTokenFloats;
   }
 }
 
 // --- the reference: of a thread's own row ---
 
+// Its score of a token, -inf past the last column.
 __device__ __forceinline__ float score(const RowsTask& task, const Entries& form, int column, int position) {
   const Grid& grid = task.grid;
   const int row = static_cast<int>(threadIdx.x);
@@ -220,7 +221,7 @@ struct Lane {
   __device__ int operand_step() const { return quarter < kMostChannels ? 0 : kOperand; }
 };
 
-// What a lane has of a linear form.
+// What a lane has of a linear form besides the column table.
 struct LaneForm {
   float constant[kRowTiles][2];
   uint32_t coefficients[kRowTiles][4];
@@ -242,7 +243,7 @@ struct LaneForm {
   }
 };
 
-using Tile = float[kRowTiles][kTokenTiles][4];
+using Tile = float[kRowTiles][kTokenTiles][4];  // a lane's share of it
 
 __device__ __forceinline__ void load_table(Tile& table, const Entries& entries, int strip, float beyond) {
   const Lane lane;
@@ -252,8 +253,96 @@ __device__ __forceinline__ void load_table(Tile& table, const Entries& entries, 
         table[m][n][e] = entries.column(lane.column(strip, n, e), lane.row + 16 * m + e / 2 * 8, beyond);
 }
 
-// Forward, sums of p = 2^(score - reference); backward, of p (r u - delta). The block's states: acc, the sum of p, the
-// same again, the reference.
+// A table that waits in shared memory, each lane's share of it.
+struct LaneTable {
+  float2 (&pairs)[2 * kRowTiles * kTokenTiles][kThreads];
+
+  __device__ void store(const Tile& table) const {
+    for (int m = 0; m < kRowTiles; ++m)
+      for (int n = 0; n < kTokenTiles; ++n)
+        for (int h = 0; h < 2; ++h)
+          pairs[(m * kTokenTiles + n) * 2 + h][threadIdx.x] = make_float2(table[m][n][2 * h], table[m][n][2 * h + 1]);
+  }
+  __device__ void load(float (&entries)[4], int m, int n) const {
+    for (int h = 0; h < 2; ++h) {
+      const float2 pair = pairs[(m * kTokenTiles + n) * 2 + h][threadIdx.x];
+      entries[2 * h] = pair.x, entries[2 * h + 1] = pair.y;
+    }
+  }
+};
+
+// What a lane reads of a tile row of tokens: a feature of one token of each tile, as the operand of scores has it; r of
+// its two columns; and, as the operand of sums has it, a feature of these two. For that operand's rows quarter and
+// quarter + 4 are said to be tokens 2 quarter and 2 quarter + 1, whose weights the lane has: so none is exchanged.
+// Nobody looks at the sums of features past the last.
+struct LaneTokens {
+  const float *feature, *factor, *summed;
+
+  __device__ LaneTokens(const float* features, const Lane& lane)
+      : feature(features + lane.quarter * kFeatureStride + lane.group),
+        factor(features + kExactFactor * kFeatureStride + 2 * lane.quarter),
+        summed(features + min(lane.group, kOne) * kFeatureStride + 2 * lane.quarter) {}
+  __device__ static float2 pair(const float* at) { return *reinterpret_cast<const float2*>(at); }
+  __device__ void next() { feature += kTokenFloats, factor += kTokenFloats, summed += kTokenFloats; }
+};
+
+// A strip's marginal to column_sums.
+__device__ __forceinline__ void leave_marginal(const Tile& marginal, const RowsTask& task, const Share& share,
+                                               int strip) {
+  const Lane lane;
+  if (!lane.works(task, share)) return;
+  for (int n = 0; n < kTokenTiles; ++n)
+    for (int e = 0; e < 4; ++e) {
+      const int column = lane.column(strip, n, e);
+      if (column >= task.grid.columns) continue;
+      float* column_sum = share.column_sum(task, column) + share.first_row + lane.row + e / 2 * 8;
+      for (int m = 0; m < kRowTiles; ++m) column_sum[16 * m] = marginal[m][n][e] * (1.0f / kMore);
+    }
+}
+
+// The block's sums with features to its states.
+__device__ __forceinline__ void leave_totals(const float (&totals)[4 * kRowTiles][kThreads], const RowsTask& task,
+                                             const Share& share) {
+  const Lane lane;
+  if (!lane.works(task, share)) return;
+  for (int m = 0; m < kRowTiles; ++m)
+    for (int e = 0; e < 4; ++e) {
+      const int feature = 2 * lane.quarter + e % 2;
+      if (feature >= task.grid.channels && feature != kOne) continue;
+      float* state = share.state(task, min(feature, task.grid.channels)) + share.first_row + lane.row;
+      state[16 * m + e / 2 * 8] = totals[4 * m + e][threadIdx.x];
+    }
+}
+
+// Adds a tile row's weights, backward dS, times r to the marginal of the columns, and times features to sums.
+template <bool backward>
+__device__ __forceinline__ void attend(const LaneTokens& tokens, const LaneForm& scores, const Tile& table,
+                                       const LaneForm& upstream, const LaneTable& upstream_table, Tile& marginal,
+                                       float (&sums)[kRowTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+    const float feature = tokens.feature[8 * n];
+    const float2 r = LaneTokens::pair(tokens.factor + 8 * n), summed = LaneTokens::pair(tokens.summed + 8 * n);
+    for (int m = 0; m < kRowTiles; ++m) {
+      float weight[4];
+      scores.at(weight, table[m][n], m, r, feature);
+      for (float& p : weight) p = exp2_approx(p);
+      if (backward) {
+        float entries[4], u[4];
+        upstream_table.load(entries, m, n);
+        upstream.at(u, entries, m, r, feature);
+        for (int e = 0; e < 4; ++e) weight[e] *= u[e];
+      }
+      for (int e = 0; e < 4; ++e) marginal[m][n][e] = fmaf(e % 2 ? r.y : r.x, weight[e], marginal[m][n][e]);
+      const uint32_t a[4] = {__float_as_uint(weight[0]), __float_as_uint(weight[2]), __float_as_uint(weight[1]),
+                             __float_as_uint(weight[3])};
+      mma_tf32(sums[m], a, {__float_as_uint(summed.x), __float_as_uint(summed.y)});
+    }
+  }
+}
+
+// Forward, sums of p = 2^(score - reference); backward, of dS = p (r u - delta). The block's states: acc, the sum of p,
+// the same again, the reference.
 template <bool backward>
 __device__ __forceinline__ void sum_products(const RowsTask& task) {
   BlockMemory& memory = *shared_memory<BlockMemory>();
@@ -267,38 +356,33 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
   }
   __syncthreads();
   const Entries form{share, grid, memory.form}, upstream{share, grid, memory.upstream};
+  const LaneTable upstream_table{memory.upstream_table};
   memory.form.factor[thread] = kLog2E;
   form.store_channels();
   if (backward) {
-    const float* statistics =
-        task.statistics + int64_t{share.batch} * 4 * grid.padded_rows + min(share.first_row + thread, grid.rows - 1);
+    const int64_t row = min(share.first_row + thread, grid.rows - 1);
+    const float* statistics = task.statistics + int64_t{share.batch} * 4 * grid.padded_rows + row;
     memory.form.constant[thread] = kMoreLog2 - statistics[0];
     memory.upstream.factor[thread] = statistics[grid.padded_rows];
     memory.upstream.constant[thread] = -statistics[2 * grid.padded_rows];
     upstream.store_channels();
   } else {
     const float reference = reference_of(task, share, form);
+    const int row = share.first_row + thread;
     // A row that has only scores of -inf: its weights are 2^-inf = 0, not 2^(-inf + inf).
     memory.form.constant[thread] = reference == -kInfinity ? 0.0f : kMoreLog2 - reference;
-    if (share.first_row + thread < grid.padded_rows)
-      share.state(task, grid.channels + 2)[share.first_row + thread] = reference;
+    if (row < grid.padded_rows) share.state(task, grid.channels + 2)[row] = reference;
   }
+  for (float (&total)[kThreads] : memory.totals) total[thread] = 0.0f;
   __syncthreads();
 
-  for (float (&total)[kThreads] : memory.totals) total[thread] = 0.0f;
   for (int strip = share.first_strip; strip < share.last_strip; strip += kStripTiles) {
-    LaneForm scores, u;
-    Tile table;
+    Tile table, marginal = {};
     if (backward) {
       load_table(table, upstream, strip, 0.0f);
-      for (int m = 0; m < kRowTiles; ++m)
-        for (int n = 0; n < kTokenTiles; ++n)
-          for (int h = 0; h < 2; ++h)
-            memory.upstream_table[(m * kTokenTiles + n) * 2 + h][thread] =
-                make_float2(table[m][n][2 * h], table[m][n][2 * h + 1]);
+      upstream_table.store(table);
     }
     load_table(table, form, strip, -kInfinity);
-    float marginal[kRowTiles][kTokenTiles][4] = {};
     for (int first = share.first; first < share.last; first += kChunk) {
       __syncthreads();
       stage_features(task, share, strip, first, memory.features);
@@ -307,77 +391,36 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
       __syncthreads();
       const Lane lane;
       if (!lane.works(task, share)) continue;
+      LaneForm scores, u;
       scores.load_constants(memory.form, lane.row);
       if (backward) u.load_constants(memory.upstream, lane.row);
-      // Of a token tile: the lane's feature of a token; r of its two columns; and, of these, a feature to sum, as an
-      // operand has it whose rows quarter and quarter + 4 are tokens 2 quarter and 2 quarter + 1, the columns that the
-      // lane has: so no weight is exchanged. Nobody looks at the sums of features past the last.
-      const float* feature = memory.features + lane.quarter * kFeatureStride + lane.group;
-      const float* factor = memory.features + kExactFactor * kFeatureStride + 2 * lane.quarter;
-      const float* summed = memory.features + min(lane.group, kOne) * kFeatureStride + 2 * lane.quarter;
-      const auto pair = [](const float* columns) { return *reinterpret_cast<const float2*>(columns); };
+      LaneTokens tokens(memory.features, lane);
       const float* operands = memory.form.operands[0] + lane.operand();
-      float* outer_sum = share.outer_sum(task, first) + share.first_row + lane.row;
       const int operand_step = lane.operand_step();
+      float* outer_sum = share.outer_sum(task, first) + share.first_row + lane.row;
+      const bool has_outer_sum = lane.quarter == kFactor / 2;
       float sums[kRowTiles][4] = {};
 #pragma unroll 1
       for (int left = min(share.last - first, kChunk); left > 0; --left) {
         // The sums with r of this position go on from where the last strip left them.
-        if (lane.quarter == kFactor / 2)
+        if (has_outer_sum)
           for (int m = 0; m < kRowTiles; ++m)
             for (int h = 0; h < 2; ++h)
               sums[m][2 * h + kFactor % 2] = strip > share.first_strip ? outer_sum[16 * m + 8 * h] : 0.0f;
         scores.load_coefficients(operands);
         if (backward) u.load_coefficients(operands + (memory.upstream.operands[0] - memory.form.operands[0]));
-#pragma unroll
-        for (int n = 0; n < kTokenTiles; ++n) {
-          const float2 r = pair(factor + 8 * n), of_sums = pair(summed + 8 * n);
-          for (int m = 0; m < kRowTiles; ++m) {
-            float p[4], d[4];
-            scores.at(p, table[m][n], m, r, feature[8 * n]);
-            for (int e = 0; e < 4; ++e) p[e] = exp2_approx(p[e]);
-            if (backward) {
-              const float2* entries = &memory.upstream_table[(m * kTokenTiles + n) * 2][thread];
-              const float of_u[4] = {entries[0].x, entries[0].y, entries[kThreads].x, entries[kThreads].y};
-              u.at(d, of_u, m, r, feature[8 * n]);
-              for (int e = 0; e < 4; ++e) p[e] *= d[e];
-            }
-            for (int e = 0; e < 4; ++e) marginal[m][n][e] = fmaf(e % 2 ? r.y : r.x, p[e], marginal[m][n][e]);
-            mma_tf32(sums[m],
-                     {__float_as_uint(p[0]), __float_as_uint(p[2]), __float_as_uint(p[1]), __float_as_uint(p[3])},
-                     {__float_as_uint(of_sums.x), __float_as_uint(of_sums.y)});
-          }
-        }
-        if (lane.quarter == kFactor / 2)
+        attend<backward>(tokens, scores, table, u, upstream_table, marginal, sums);
+        if (has_outer_sum)
           for (int m = 0; m < kRowTiles; ++m)
             for (int h = 0; h < 2; ++h) outer_sum[16 * m + 8 * h] = sums[m][2 * h + kFactor % 2];
-        feature += kTokenFloats, factor += kTokenFloats, summed += kTokenFloats;
-        operands += operand_step, outer_sum += grid.padded_rows;
+        tokens.next(), operands += operand_step, outer_sum += grid.padded_rows;
       }
       for (int m = 0; m < kRowTiles; ++m)
         for (int e = 0; e < 4; ++e) memory.totals[4 * m + e][thread] += sums[m][e];
     }
-    const Lane lane;
-    if (!lane.works(task, share)) continue;
-    for (int n = 0; n < kTokenTiles; ++n)
-      for (int e = 0; e < 4; ++e) {
-        const int column = lane.column(strip, n, e);
-        if (column >= grid.columns) continue;
-        float* column_sum = share.column_sum(task, column) + share.first_row + lane.row + e / 2 * 8;
-        for (int m = 0; m < kRowTiles; ++m) column_sum[16 * m] = marginal[m][n][e] * (1.0f / kMore);
-      }
+    leave_marginal(marginal, task, share, strip);
   }
-
-  const Lane lane;
-  if (!lane.works(task, share)) return;
-  for (int m = 0; m < kRowTiles; ++m)
-    for (int e = 0; e < 4; ++e) {
-      const int feature = 2 * lane.quarter + e % 2;
-      if (feature < grid.channels || feature == kOne) {
-        float* state = share.state(task, min(feature, grid.channels)) + share.first_row + lane.row;
-        state[16 * m + e / 2 * 8] = memory.totals[4 * m + e][thread];
-      }
-    }
+  leave_totals(memory.totals, task, share);
 }
 
 __global__ void __launch_bounds__(kThreads, 3) separable_attention_fwd_tensor_cores_kernel(RowsTask task) {
