@@ -154,8 +154,8 @@ Status separable_attention_bwd_tokens(const SeparableCall&, const TensorView& wo
 // How many floats it works in, perhaps none.
 int64_t separable_attention_bwd_tokens_workspace(const SeparableCall&, bool needs_x, bool needs_r);
 
-// Forward and the gradients of the rows by TensorFloat-32 products, for two axes, up to three channels, no mask and no dropout; the
-// statistics are those of separable_attention_bwd_prepare.
+// Forward and the gradients of the rows by TensorFloat-32 products: of two axes and up to three channels, without mask
+// and dropout. The statistics are those of separable_attention_bwd_prepare.
 int64_t separable_attention_tensor_cores_workspace(const SeparableCall&, int multiprocessors);
 Status separable_attention_fwd_tensor_cores(const SeparableCall&, int multiprocessors, const TensorView& workspace,
                                             const TensorView& sums, const TensorView& lse, const TensorView& total,

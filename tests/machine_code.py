@@ -97,10 +97,10 @@ def cuda_module() -> Path | None:
     return next(Path(spec.origin).parent.glob("_cuda.*.so"), None)
 
 
-def built(kernel: str, arch: str) -> Figures:
-    """Figures of the one kernel in perceiver_kernels._cuda whose mangled name contains `kernel`, for sm_<arch>."""
-    found = {name: code for name, code in _module_code(arch).items() if kernel in name}
-    assert len(found) == 1, f"{kernel!r} is in {sorted(found)}"
+def built(kernel: str, arch: str, arguments: str = "") -> Figures:
+    """Figures of the one kernel in perceiver_kernels._cuda, for sm_<arch>, whose mangled name contains both strings."""
+    found = {name: code for name, code in _module_code(arch).items() if kernel in name and arguments in name}
+    assert len(found) == 1, f"{kernel!r} and {arguments!r} are in {sorted(found)}"
     name, (assembly, usage) = found.popitem()
     registers, shared = re.search(r"REG:(\d+)", usage), re.search(r"SHARED:(\d+)", usage)
     assert registers and shared, usage

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends.cuda import runtime as cuda
 from perceiver_kernels.ops.separable_attention import OP, SeparableState, separable_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
@@ -407,6 +409,26 @@ def test_the_number_of_threads_changes_nothing(backend: str) -> None:
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS or not cuda.emulated(), reason="needs the emulation of a GPU")
+@pytest.mark.parametrize(("grid", "dropout_p"), [((20, 40), 0.0), ((3, 4, 33), 0.0), ((90,), 0.0), ((9, 21), 0.3)])
+@pytest.mark.parametrize("rows", [2, 70])
+def test_the_order_of_threads_changes_nothing(
+    rows: int, grid: tuple[int, ...], dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No bit, on a GPU that divides the tokens of few rows little or much."""
+    inputs = cast(make_inputs(SeparableShape(1, 1, rows, 3, grid)), torch.float32)
+    options = {"dropout_p": dropout_p, "seed": 3}
+    for multiprocessors in (4, 132):
+        monkeypatch.setattr(cuda, "multiprocessors", lambda device, count=multiprocessors: count)
+        check_against_reference(inputs, "cuda", torch.float32, **options)
+        in_order = run(inputs, "cuda", **options)
+        cuda_emulation.shuffle(7)
+        shuffled = run(inputs, "cuda", **options)
+        cuda_emulation.shuffle(0)
+        for name, value in in_order.items():
+            assert torch.equal(value, shuffled[name]), name
 
 
 @pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])

@@ -28,11 +28,6 @@ pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple
   return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), pk::dropout_of(dropout)};
 }
 
-// (form, x, r, mask, (p, seed, offset)).
-pk::cuda::SeparableCall separable_call(const py::tuple& call) {
-  return {view(call[0]), view(call[1]), view(call[2]), view(call[3]), pk::dropout_of(py::cast<py::tuple>(call[4]))};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -50,13 +45,14 @@ PYBIND11_MODULE(_cuda, module) {
     run([&] { return pk::cuda::fourier_encode_grid(features, data_view, out_view, stream_at(stream)); });
   });
 
-  module.def("separable_attention_workspace", [](const py::tuple& call, int multiprocessors) {
-    return pk::cuda::separable_attention_workspace(separable_call(call), multiprocessors);
-  });
+  module.def("separable_attention_workspace",
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors) {
+               return pk::cuda::separable_attention_workspace(separable_call(tensors, dropout), multiprocessors);
+             });
   module.def("separable_attention_fwd",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& sums,
-                const py::handle& lse, const py::handle& total, uintptr_t stream) {
-               const auto call = separable_call(arguments);
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& sums, const py::handle& lse, const py::handle& total, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
                const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
                run([&] {
                  return pk::cuda::separable_attention_fwd(call, multiprocessors, memory, of_sums, of_lse, of_total,
@@ -76,9 +72,9 @@ PYBIND11_MODULE(_cuda, module) {
                });
              });
   module.def("separable_attention_bwd_rows",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& d_sums,
-                const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
-               const auto call = separable_call(arguments);
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& d_sums, const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
                const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
                const auto out = view(d_form);
                run([&] {
@@ -86,7 +82,6 @@ PYBIND11_MODULE(_cuda, module) {
                                                                stream_at(stream));
                });
              });
-
   module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
                                                             bool needs_x, bool needs_r) {
     return pk::cuda::separable_attention_bwd_tokens_workspace(separable_call(tensors, dropout), needs_x, needs_r);
@@ -103,13 +98,14 @@ PYBIND11_MODULE(_cuda, module) {
     });
   });
 
-  module.def("separable_attention_tensor_cores_workspace", [](const py::tuple& call, int multiprocessors) {
-    return pk::cuda::separable_attention_tensor_cores_workspace(separable_call(call), multiprocessors);
+  module.def("separable_attention_tensor_cores_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
+                                                              int multiprocessors) {
+    return pk::cuda::separable_attention_tensor_cores_workspace(separable_call(tensors, dropout), multiprocessors);
   });
   module.def("separable_attention_fwd_tensor_cores",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& sums,
-                const py::handle& lse, const py::handle& total, uintptr_t stream) {
-               const auto call = separable_call(arguments);
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& sums, const py::handle& lse, const py::handle& total, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
                const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
                run([&] {
                  return pk::cuda::separable_attention_fwd_tensor_cores(call, multiprocessors, memory, of_sums, of_lse,
@@ -117,9 +113,9 @@ PYBIND11_MODULE(_cuda, module) {
                });
              });
   module.def("separable_attention_bwd_rows_tensor_cores",
-             [](const py::tuple& arguments, int multiprocessors, const py::handle& workspace, const py::handle& d_sums,
-                const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
-               const auto call = separable_call(arguments);
+             [](const py::tuple& tensors, const py::tuple& dropout, int multiprocessors, const py::handle& workspace,
+                const py::handle& d_sums, const py::handle& statistics, const py::handle& d_form, uintptr_t stream) {
+               const auto call = separable_call(tensors, dropout);
                const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
                const auto out = view(d_form);
                run([&] {

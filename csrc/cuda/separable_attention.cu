@@ -1,6 +1,7 @@
-// separable_attention on a GPU, forward and the gradients of its rows (docs/separable_attention.md, docs/cuda.md): a row
-// in a thread, tokens streaming past all rows. Nothing crosses lanes, and a strip's table and marginal stay in registers
-// while the outer positions pass. Blocks leave partial sums, which a kernel adds in an order that follows from shapes.
+// separable_attention on a GPU, forward and the gradients of its rows (docs/separable_attention.md, docs/cuda.md): a
+// row in a thread, tokens streaming past all rows. Nothing crosses lanes, and a strip's table and marginal stay in
+// registers while the outer positions pass. Blocks leave partial sums, which a kernel adds in an order that follows
+// from shapes.
 #include "separable_merge.h"
 
 namespace pk {
@@ -9,6 +10,12 @@ namespace {
 
 constexpr int kMostThreads = 128;
 
+// Blocks that a multiprocessor holds: three where 168 registers suffice for a thread, else two.
+template <int C, bool one_outer, bool careful>
+constexpr int kForwardBlocks = C > 0 && one_outer && !careful ? 3 : 2;
+template <int C, bool careful>
+constexpr int kBackwardBlocks = C > 0 && C < 4 && !careful ? 3 : 2;
+
 template <class T>
 using PerRow = T[kRowsPerThread];
 using Strip = float[kRowsPerThread][kColumns];
@@ -16,10 +23,11 @@ using Strip = float[kRowsPerThread][kColumns];
 // A number that all lanes have, in a form that the compiler knows it of: then it takes no register of each.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xFFFFFFFF, value, 0); }
 
-// What a thread does. A block's rows that do not exist read as the last one that does, and leave sums that nobody reads.
+// What a thread does: the rows `row` and row + 32 at some strips and outer positions.
 struct Share {
-  int lane, warp, batch, slot, part, group, first_strip, last_strip, first, last;  // slot: of the batch entry; strips;
-  PerRow<int> row, read_row;                                                       // the warp's outer positions
+  int batch, slot, group, part;              // of the block; slots are the pairs of a group and a part
+  int first_strip, last_strip, first, last;  // of the warp: the group's strips, its own of the part's outer positions
+  int lane, warp, row;
 
   __device__ explicit Share(const RowsTask& task) {
     const Grid& grid = task.grid;
@@ -36,17 +44,19 @@ struct Share {
     const int from = part * split.part_size, count = min(split.part_size, grid.outer - from);
     first = uniform(from + count * warp / split.warps);
     last = uniform(from + count * (warp + 1) / split.warps);
-    const int first_row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kBlockRows;
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      row[k] = first_row + k * 32 + lane;
-      read_row[k] = min(row[k], grid.rows - 1);
-    }
+    row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kBlockRows + lane;
   }
 
   __device__ TileRange tiles(const RowsTask& task) const {
     const Grid& grid = task.grid;
-    return {task.tiles + int64_t{batch} * grid.tile_rows() * grid.tile_floats(), grid.tile_floats(), grid.outer, task.split.chunk,
-            first_strip, last_strip, first, last};
+    return {task.tiles + int64_t{batch} * grid.tile_rows() * grid.tile_floats(),
+            grid.tile_floats(),
+            grid.outer,
+            task.split.chunk,
+            first_strip,
+            last_strip,
+            first,
+            last};
   }
   __device__ int64_t slot_of_all(const RowsTask& task) const { return int64_t{batch} * task.split.slots() + slot; }
   __device__ int64_t outer_slot(const RowsTask& task) const {
@@ -57,15 +67,16 @@ struct Share {
 
 // --- forms and their sums ---
 
-// An array [entries, rows] at this thread's rows, the second `next` elements after the first.
+// An array [entries, rows] at this thread's rows, the second `next` elements after the first. Rows that do not exist
+// read as the last one that does, and leave sums in padded arrays that nobody reads.
 template <class T>
 struct RowArray {
   T* own;
   int64_t stride;
   int next;
 
-  __device__ RowArray(T* array, int stride, const PerRow<int>& row)
-      : own(array + row[0]), stride(stride), next(row[1] - row[0]) {}
+  __device__ RowArray(T* array, int rows, int row)
+      : own(array + min(row, rows - 1)), stride(rows), next(min(row + 32, rows - 1) - min(row, rows - 1)) {}
   __device__ T& at(int k, int64_t offset) const { return own[offset + (k ? next : 0)]; }
   __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
   // From this entry on.
@@ -75,6 +86,23 @@ struct RowArray {
     return result;
   }
 };
+
+// The same of an array [entries, padded rows].
+template <class T>
+struct PaddedArray {
+  T* own;
+  int64_t stride;
+
+  __device__ PaddedArray(T* array, int padded_rows, int row) : own(array + row), stride(padded_rows) {}
+  __device__ T& at(int k, int64_t offset) const { return own[offset + 32 * k]; }
+  __device__ T& operator()(int k, int64_t entry) const { return at(k, entry * stride); }
+};
+
+// The block's states.
+__device__ __forceinline__ PaddedArray<float> states_of(const RowsTask& task, const Share& share) {
+  const int64_t entries = share.slot_of_all(task) * (task.grid.channels + 3);
+  return {task.states + entries * task.grid.padded_rows, task.grid.padded_rows, share.row};
+}
 
 // A form's data channels times a factor, in registers where they are few; 0: many.
 template <int C>
@@ -179,15 +207,16 @@ __device__ __forceinline__ void linear_form(float (&value)[kRowsPerThread][kToke
       for (int t = 0; t < kTokens<C>; ++t) value[k][t] += channel * x[t];
     }
   }
-  if (C) return;  // a long sum of channels loses less to rounding apart from what may be large
+  if constexpr (C == 0) {  // a long sum of channels loses less to rounding apart from what may be large
 #pragma unroll
-  for (int k = 0; k < kRowsPerThread; ++k)
+    for (int k = 0; k < kRowsPerThread; ++k)
 #pragma unroll
-    for (int t = 0; t < kTokens<C>; ++t) value[k][t] += of_position(k, t);
+      for (int t = 0; t < kTokens<C>; ++t) value[k][t] += of_position(k, t);
+  }
 }
 
-// Adds the tokens' r x, r times weights to the sums of the form. (The products with r written out would be shared by the
-// compiler, which takes three instructions instead of two.)
+// Adds the tokens' r x, r times weights to the sums of the form. (The products with r written out would be shared by
+// the compiler, which takes three instructions instead of two.)
 template <int C>
 __device__ __forceinline__ void add_weighted(const float (&weights)[kRowsPerThread][kTokens<C>], const float* tile,
                                              int begin, int channels, ChannelSums<C>& acc, const RowSums& sums,
@@ -215,8 +244,7 @@ __device__ __forceinline__ void load_columns(float (&table)[kRowsPerThread][colu
 #pragma unroll
   for (int j = 0; j < columns; ++j, entry = entry.from(1))
 #pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k)
-      table[k][j] = first + j < grid.columns ? entry(k, 0) * factor[k] : beyond;
+    for (int k = 0; k < kRowsPerThread; ++k) table[k][j] = first + j < grid.columns ? entry(k, 0) * factor[k] : beyond;
 }
 
 // Where the entries of an outer position stand in the tables of the outer axes, as it moves on: as offsets in arrays of
@@ -266,7 +294,7 @@ __device__ __forceinline__ void outer_sum(PerRow<float>& sum, const RowArray<con
 }
 
 template <class Entries>
-__device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Entries& entries,
+__device__ __forceinline__ void add_outer(const PaddedArray<float>& sums, const Entries& entries,
                                           const PerRow<float>& value) {
   entries.each([&](int64_t, int64_t offset) {
     for (int k = 0; k < kRowsPerThread; ++k) sums.at(k, offset) += value[k];
@@ -274,7 +302,7 @@ __device__ __forceinline__ void add_outer(const RowArray<float>& sums, const Ent
 }
 
 // A warp's own marginals of the outer axes start at zero: of one such axis the entries of its positions, else all.
-__device__ inline void clear_outer(const RowArray<float>& sums, const Grid& grid, int first, int last) {
+__device__ inline void clear_outer(const PaddedArray<float>& sums, const Grid& grid, int first, int last) {
   if (grid.outer_axes == 0) return;
   const bool one = grid.outer_axes == 1;
 #pragma unroll 1
@@ -324,7 +352,7 @@ __device__ void largest_of_warps(float (&values)[count][kRowsPerThread], const S
 // The sums over the block's warps of what they have put into shared memory [warps, stored, kBlockRows], the first
 // `count` of these, to [count, padded rows].
 __device__ inline void leave(const float* shared, int stored, int count, const Share& share, int warps,
-                             const RowArray<float>& target) {
+                             const PaddedArray<float>& target) {
   __syncthreads();
 #pragma unroll 1
   for (int i = share.warp; i < count; i += warps)
@@ -347,7 +375,7 @@ __device__ __forceinline__ void leave_strip(const Strip& marginal, const RowsTas
       exchange[(share.warp * kColumns + j) * kBlockRows + 32 * k + share.lane] = marginal[k][j];
   const int64_t column = (int64_t{share.batch} * task.split.parts + share.part) * grid.columns + strip * kColumns;
   leave(exchange, kColumns, min(kColumns, grid.columns - strip * kColumns), share, task.split.warps,
-        RowArray<float>(task.column_sums + column * grid.padded_rows, grid.padded_rows, share.row));
+        PaddedArray<float>(task.column_sums + column * grid.padded_rows, grid.padded_rows, share.row));
 }
 
 // --- what is rare: masked tokens, dropout ---
@@ -373,13 +401,11 @@ __device__ inline void tokens_kept(PerRow<uint32_t>& kept, const RowsTask& task,
   const int64_t token = static_cast<int64_t>(position) * task.grid.columns + strip * kColumns;
   for (int k = 0; k < kRowsPerThread; ++k)
     kept[k] = task.drops ? tokens_kept(task.rule, static_cast<uint32_t>(share.batch),
-                                       static_cast<uint32_t>(share.row[k]), token)
+                                       static_cast<uint32_t>(share.row + 32 * k), token)
                          : kAllThere;
 }
 
-__device__ __forceinline__ float where(uint32_t bits, int bit, float value) {
-  return bits >> bit & 1 ? value : 0.0f;
-}
+__device__ __forceinline__ float where(uint32_t bits, int bit, float value) { return bits >> bit & 1 ? value : 0.0f; }
 
 // A tile row's tokens there and, of each row, those that dropout keeps.
 struct Present {
@@ -387,8 +413,8 @@ struct Present {
   PerRow<uint32_t> kept;
 };
 
-// Runs the warp's tile rows of a strip: step(tile, present); chunk_ends() follows each chunk of the pipe. `careful`: some
-// tokens may not be there or dropped.
+// Runs the warp's tile rows of a strip: step(tile, present); chunk_ends() follows each chunk of the pipe. `careful`:
+// some tokens may not be there or dropped.
 template <bool careful, class Entries, class Step, class ChunkEnds>
 __device__ __forceinline__ void stream_strip(const RowsTask& task, const Share& share, int strip, TilePipe& pipe,
                                              Entries& entries, const Step& step, const ChunkEnds& chunk_ends) {
@@ -457,7 +483,7 @@ __device__ void choose_reference(PerRow<float>& reference, const RowsTask& task,
   // The largest score of the warps' first tile rows; and of the tables, outer and column, the largest and minus the
   // smallest entry.
   float found[5][kRowsPerThread];
-  for (float(&values)[kRowsPerThread] : found)
+  for (float (&values)[kRowsPerThread] : found)
     for (float& value : values) value = -kInfinity;
   const bool works = share.first < share.last;
   largest_scores<C, one_outer>(found[0], task, form, a, tiles, share.first_strip, share.first_strip + works,
@@ -539,20 +565,20 @@ __device__ __forceinline__ void attend(const float* tile, const Present& present
 
 // Sums of 2^(score - reference). A block's states: acc, the sum of the weights, the same after dropout, reference.
 template <int C, bool one_outer, bool careful>
-__global__ void __launch_bounds__(kMostThreads, C && one_outer ? 3 : 2) separable_attention_fwd_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, kForwardBlocks<C, one_outer, careful>)
+    separable_attention_fwd_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
-  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.read_row);
-  const RowArray<float> outer_sums(
-      task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
+  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
+  const PaddedArray<float> outer_sums(task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows,
+                                      grid.padded_rows, share.row);
   const Channels<C> a(form, log2e, grid.channels);
-  const RowArray<float> states(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows,
-                               share.row);
   PerRow<float> constant;
   {
+    const PaddedArray<float> states = states_of(task, share);
     PerRow<float> reference;
     choose_reference<C, one_outer>(reference, task, share, form, a, memory.exchange);
     for (int k = 0; k < kRowsPerThread; ++k) {
@@ -586,7 +612,7 @@ __global__ void __launch_bounds__(kMostThreads, C && one_outer ? 3 : 2) separabl
     });
     leave_strip(marginal, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, stored, share, split.warps, states);
+  leave(memory.sums, stored, stored, share, split.warps, states_of(task, share));
 }
 
 // --- backward ---
@@ -596,9 +622,9 @@ constexpr int kPrepareLanes = 16;
 // Of each row, [B, 4, padded rows]: the weights are recomputed as 2^(score - reference), reference being log2(e) lse in
 // float32; what rounding took away is a factor near 1 of the upstream gradients; factor * delta; factor * d_total.
 __global__ void __launch_bounds__(32 * kPrepareLanes)
-    separable_attention_bwd_prepare_kernel(const float* sums, const double* lse, const float* total, const float* d_sums,
-                                           TensorView d_lse, TensorView d_total, bool drops, int rows, int entries,
-                                           int padded_rows, float* statistics) {
+    separable_attention_bwd_prepare_kernel(const float* sums, const double* lse, const float* total,
+                                           const float* d_sums, TensorView d_lse, TensorView d_total, bool drops,
+                                           int rows, int entries, int padded_rows, float* statistics) {
   double* shared = shared_memory<double>();  // [kPrepareLanes, 32]
   const int lane = static_cast<int>(threadIdx.x) % 32, share = static_cast<int>(threadIdx.x) / 32;
   const int blocks = padded_rows / 32, row = static_cast<int>(blockIdx.x) % blocks * 32 + lane;
@@ -637,8 +663,8 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
                                                 const Channels<C>& d_acc, const Strip& table, const Strip& d_marginal,
                                                 const PerRow<float>& outer, const PerRow<float>& d_outer,
                                                 const PerRow<float>& minus_reference, const PerRow<float>& minus_delta,
-                                                const PerRow<float>& d_total, const RowSums& sums,
-                                                ChannelSums<C>& d_a, Strip& d_table, PerRow<float>& d_outer_score) {
+                                                const PerRow<float>& d_total, const RowSums& sums, ChannelSums<C>& d_a,
+                                                Strip& d_table, PerRow<float>& d_outer_score) {
 #pragma unroll
   for (int begin = 0; begin < kColumns; begin += kTokens<C>) {
     float ds[kRowsPerThread][kTokens<C>], u[kRowsPerThread][kTokens<C>];
@@ -658,19 +684,20 @@ __device__ __forceinline__ void attend_backward(const float* tile, const Present
 
 // Sums of ds, the gradients of the form, as forward's kernel leaves its sums.
 template <int C, bool one_outer, bool careful>
-__global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_bwd_rows_kernel(RowsTask task) {
+__global__ void __launch_bounds__(kMostThreads, kBackwardBlocks<C, careful>)
+    separable_attention_bwd_rows_kernel(RowsTask task) {
   const Grid& grid = task.grid;
   const Split& split = task.split;
   const Share share(task);
   const BlockMemory memory(grid, split, shared_memory<float>());
   const PerRow<float> log2e = {kLog2E, kLog2E};
-  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.read_row);
+  const RowArray<const float> form(task.form + share.batch * grid.form_batch, grid.rows, share.row);
   const RowArray<const float> upstream(task.upstream + int64_t{share.batch} * grid.entries() * grid.rows, grid.rows,
-                                       share.read_row);
-  const RowArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows, grid.padded_rows,
-                                         share.row);
-  const RowArray<float> outer_sums(
-      task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows, grid.padded_rows, share.row);
+                                       share.row);
+  const PaddedArray<const float> statistics(task.statistics + int64_t{share.batch} * 4 * grid.padded_rows,
+                                            grid.padded_rows, share.row);
+  const PaddedArray<float> outer_sums(task.outer_sums + share.outer_slot(task) * grid.outer_entries * grid.padded_rows,
+                                      grid.padded_rows, share.row);
   PerRow<float> minus_reference, factor, minus_delta, d_total;
   for (int k = 0; k < kRowsPerThread; ++k) {
     const float keep = task.drops ? task.rule.kept : 1.0f;
@@ -696,8 +723,8 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
       PerRow<float> outer, d_outer, d_outer_score = {};
       outer_sum(outer, outer_tables, entries, log2e);
       outer_sum(d_outer, outer_upstream, entries, factor);
-      attend_backward<C, careful>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference, minus_delta,
-                         d_total, sums, d_a, d_table, d_outer_score);
+      attend_backward<C, careful>(tile, present, a, d_acc, table, d_marginal, outer, d_outer, minus_reference,
+                                  minus_delta, d_total, sums, d_a, d_table, d_outer_score);
       add_outer(outer_sums, entries, d_outer_score);
     };
     stream_strip<careful>(task, share, strip, pipe, entries, step, [&] {
@@ -706,14 +733,13 @@ __global__ void __launch_bounds__(kMostThreads, C ? 3 : 2) separable_attention_b
     });
     leave_strip(d_table, task, share, strip, memory.exchange);
   }
-  leave(memory.sums, stored, grid.channels, share, split.warps,
-        RowArray<float>(task.states + share.slot_of_all(task) * (grid.channels + 3) * grid.padded_rows, grid.padded_rows, share.row));
+  leave(memory.sums, stored, grid.channels, share, split.warps, states_of(task, share));
 }
 
 // --- launching ---
 
-// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer axis,
-// careful).
+// Packs the tokens and runs a kernel whose threads own rows: select(number of few channels or 0, at most one outer
+// axis, careful).
 template <class Select>
 Status run_rows(const SeparableCall& call, const RowsTask& task, Stream stream, const Select& select) {
   using Yes = std::true_type;

@@ -355,15 +355,16 @@ __global__ void __launch_bounds__(32 * kManyWarps, 2) separable_attention_bwd_ma
       if (row >= rows) break;
       const float2* form = staged + row * row_pairs;
       const float2 outer = call.outer_axes ? form[leading + band] : make_float2(0.0f, 0.0f);
-      float scores[2], u[2];
-      for (int j = 0; j < 2; ++j) {
-        const float2 table = of_columns[row * row_pairs + j];
-        scores[j] = outer.x + table.x, u[j] = outer.y + table.y;
-      }
+      // A long sum of channels loses less to rounding apart from what may be large.
+      float scores[2] = {}, u[2] = {};
       for (int c = 0; c < channels; ++c) {
         const float2 x = data[c * 32 + lane], channel = form[c];
         scores[0] = fmaf(channel.x, x.x, scores[0]), scores[1] = fmaf(channel.x, x.y, scores[1]);
         u[0] = fmaf(channel.y, x.x, u[0]), u[1] = fmaf(channel.y, x.y, u[1]);
+      }
+      for (int j = 0; j < 2; ++j) {
+        const float2 table = of_columns[row * row_pairs + j];
+        scores[j] += outer.x + table.x, u[j] += outer.y + table.y;
       }
       const float minus_reference = form[channels].x, minus_delta = form[channels].y;
       const float total = call.statistics[(window.batch * 4 + 3) * call.padded_rows + first + row];
@@ -443,12 +444,12 @@ constexpr int own_positions(int channels) { return channels < 4 ? 4 : 2; }
 
 // The block's share of the grid for which the kernel's instructions are fewest, all blocks together.
 TokensPlan few_channels_plan(int64_t outer, int64_t columns, int channels, bool one_axis) {
-  constexpr int64_t kInstructionsPerPair = 21, kInstructionsPerStagedPair = 12, kMostRowPairs = 250;
+  constexpr int64_t kInstructionsPerPair = 21, kInstructionsPerStagedPair = 12, kMostRowPairs = 250, kMostColumns = 192;
   const int64_t of_positions = one_axis ? 1 : own_positions(channels), own_columns = one_axis ? 4 : 2;
   TokensPlan best{};
   int64_t least = -1;
   const int64_t lanes_in_all = ceil_div(columns, own_columns);
-  for (int64_t fewest = ceil_div(lanes_in_all, 96), strips = fewest; strips < fewest + 8; ++strips) {
+  for (int64_t fewest = ceil_div(columns, kMostColumns), strips = fewest; strips < fewest + 8; ++strips) {
     const int64_t lanes = ceil_div(lanes_in_all, strips);
     for (int64_t bands = 1; bands * lanes <= kThreads; ++bands) {
       const int64_t threads = ceil_div(bands * lanes, 32) * 32, positions = bands * of_positions;

@@ -50,15 +50,15 @@ inline RowsTask task_of(const SeparableCall& call, const Grid& grid, const Split
           call.dropout.p > 0.0};
 }
 
-// The smallest and the largest of one packed quantity over some blocks of tile rows.
+// The smallest and the largest of one packed quantity over some blocks of tile rows, which the lanes share.
 __device__ inline float2 extent(const float* extents, int quantities, int64_t first, int64_t last) {
-  float2 result = make_float2(kInfinity, -kInfinity);
+  float low = kInfinity, high = -kInfinity;
 #pragma unroll 1
-  for (int64_t block = first; block < last; ++block) {
-    result.x = fminf(result.x, __ldg(extents + 2 * quantities * block));
-    result.y = fmaxf(result.y, __ldg(extents + 2 * quantities * block + quantities));
+  for (int64_t block = first + threadIdx.x % 32; block < last; block += 32) {
+    low = fminf(low, extents[2 * quantities * block]);
+    high = fmaxf(high, extents[2 * quantities * block + quantities]);
   }
-  return result;
+  return warp_extent(low, high);
 }
 
 // --- merging ---
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMergeRows* kMergeLanes)
       constexpr double ln2 = 0.69314718055994530942;
       lse[batch * grid.rows + row] =
           empty ? -static_cast<double>(kInfinity) : ln2 * reference + log(static_cast<double>(weight));
-      total[batch * grid.rows + row] = kept * scale;
+      total[batch * grid.rows + row] = empty ? 0.0f : keep * (kept / weight);  // 1 without dropout, exactly
     }
   }
 

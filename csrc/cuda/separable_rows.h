@@ -16,10 +16,9 @@ namespace {
 constexpr int kColumns = 16;  // of a tile row: tokens side by side on the last axis, at one outer position
 constexpr int kRowsPerThread = 2, kBlockRows = kRowsPerThread * 32;
 constexpr int kMaxOuterAxes = 3;
-constexpr int kFewChannels = 4;       // as many are kept in registers
-constexpr int kPackedTileRows = 32;   // of a block of the pack kernel; extents are known for so many at a time
-constexpr int kStages = 2;            // of a warp's tile rows in shared memory
-constexpr int kHeader = 4;            // floats after a tile row's tokens; the bits of the first: which tokens are there
+constexpr int kPackedTileRows = 32;  // of a block of the pack kernel; extents are known for so many at a time
+constexpr int kStages = 2;           // of a warp's tile rows in shared memory
+constexpr int kHeader = 4;           // floats after a tile row's tokens; the bits of the first: which tokens are there
 constexpr uint32_t kAllThere = (1u << kColumns) - 1;
 constexpr float kLog2E = 1.44269504088896341f, kInfinity = std::numeric_limits<float>::infinity();
 
@@ -99,6 +98,15 @@ inline TokenView token_view(const Grid& grid, const TensorView& tensor) {
   return result;
 }
 
+// The smallest and the largest of all lanes' values.
+__device__ inline float2 warp_extent(float low, float high) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    low = fminf(low, __shfl_xor_sync(0xFFFFFFFF, low, lanes));
+    high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, lanes));
+  }
+  return make_float2(low, high);
+}
+
 constexpr int kPackThreads = 128, kPackAtOnce = kPackThreads / kColumns, kPackOwn = kPackedTileRows / kPackAtOnce;
 
 // Tile rows of r x_1, ..., r x_c, r and which tokens are there, strip after strip, the outer positions within a strip;
@@ -132,8 +140,7 @@ __global__ void __launch_bounds__(kPackThreads)
     source[i] = static_cast<const T*>(x.data) + (keep[i] ? x.offset(entry, index, column) : 0);
     target[i] = exists ? tiles + tile_row * grid.tile_floats() + own_column : nullptr;
     const uint32_t there = __ballot_sync(0xFFFFFFFF, keep[i] || !inside) >> (lane & kColumns) & kAllThere;
-    if (exists && own_column < kHeader)
-      target[i][quantities * kColumns] = __uint_as_float(own_column == 0 ? there : 0);
+    if (exists && own_column < kHeader) target[i][quantities * kColumns] = __uint_as_float(own_column == 0 ? there : 0);
   }
   for (int c = 0; c < quantities; ++c) {
     float low = kInfinity, high = -kInfinity;
@@ -143,13 +150,10 @@ __global__ void __launch_bounds__(kPackThreads)
       if (target[i]) target[i][c * kColumns] = value;
       if (keep[i]) low = fminf(low, value), high = fmaxf(high, value);
     }
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      low = fminf(low, __shfl_xor_sync(0xFFFFFFFF, low, lanes));
-      high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, lanes));
-    }
+    const float2 of_warp = warp_extent(low, high);
     if (lane == 0) {
-      found[(warp * 2 + 0) * quantities + c] = low;
-      found[(warp * 2 + 1) * quantities + c] = high;
+      found[(warp * 2 + 0) * quantities + c] = of_warp.x;
+      found[(warp * 2 + 1) * quantities + c] = of_warp.y;
     }
   }
   __syncthreads();
@@ -201,8 +205,9 @@ struct PartialSizes {
 
 constexpr int kMostSlots = 1024, kStageBytes = 2048;
 
-// The division with the least predicted time, in tile rows that a multiprocessor's warps take one after the other: those
-// of the multiprocessor with the most blocks, and as many as it could take while partial sums go to the L2 cache and back.
+// The division with the least predicted time, in tile rows that a multiprocessor's warps take one after the other:
+// those of the multiprocessor with the most blocks, and as many as it could take while partial sums go to the L2 cache
+// and back.
 inline Split split_of(const Grid& grid, int multiprocessors) {
   constexpr double per_block = 3.0, per_strip = 1.5, partials_per_tile_row = 300.0, filling = 2.0;
   constexpr int most_warps = 32;  // that a multiprocessor may be given beyond one block
@@ -220,7 +225,8 @@ inline Split split_of(const Grid& grid, int multiprocessors) {
       split.part_size = static_cast<int>(ceil_div(grid.outer, std::max<int64_t>(parts, 1)));
       split.parts = static_cast<int>(ceil_div(grid.outer, split.part_size));
       if (split.slots() > kMostSlots) continue;
-      const double warps = static_cast<double>(ceil_div(blocks * split.slots(), multiprocessors) * split.warps) + filling;
+      const double warps =
+          static_cast<double>(ceil_div(blocks * split.slots(), multiprocessors) * split.warps) + filling;
       const double of_strip = per_strip + static_cast<double>(ceil_div(split.part_size, split.warps));
       const double partials = static_cast<double>(PartialSizes(grid, split).sum()) / multiprocessors;
       const double time = warps * (per_block + split.group_size * of_strip) + partials / partials_per_tile_row;

@@ -1,4 +1,4 @@
-"""separable_attention in CUDA C++: csrc/cuda/separable_attention.cu, and for gradients of the tokens a file of its own."""
+"""separable_attention in CUDA C++: csrc/cuda/separable_attention.cu."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.cuda import runtime
+from perceiver_kernels.backends.cuda.separable_attention_tokens import tokens_gradients
 from perceiver_kernels.backends.native import describe
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -29,7 +30,7 @@ def separable_attention_fwd(
     call = _call(form, x, r, mask, dropout_p, seed)
     workspace = _workspace(call, form)
     runtime.module().separable_attention_fwd(
-        call, runtime.multiprocessors(x.device), describe(workspace), describe(sums), describe(lse), describe(total),
+        *call, runtime.multiprocessors(x.device), describe(workspace), describe(sums), describe(lse), describe(total),
         runtime.stream(x),
     )  # fmt: skip
     return sums, lse, total
@@ -59,12 +60,10 @@ def separable_attention_bwd(
         call = _call(form, x, r, mask, dropout_p, seed)
         workspace = _workspace(call, form)
         runtime.module().separable_attention_bwd_rows(
-            call, runtime.multiprocessors(x.device), describe(workspace), describe(d_sums), describe(statistics),
+            *call, runtime.multiprocessors(x.device), describe(workspace), describe(d_sums), describe(statistics),
             describe(d_form), runtime.stream(x),
         )  # fmt: skip
     if needs_x or needs_r:
-        from perceiver_kernels.backends.cuda.separable_attention_tokens import tokens_gradients
-
         tokens_gradients(form, x, r, mask, dropout_p, seed, d_sums, statistics, d_x, d_r)
     return d_form, d_x, d_r
 
@@ -76,16 +75,16 @@ def _empty(form: Tensor, x: Tensor) -> bool:
 
 def _call(
     form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int
-) -> tuple[Any, ...]:
-    return describe(form), describe(x), describe(r), describe(mask), (dropout_p, seed, 0)
+) -> tuple[tuple[Any, ...], tuple[float, int, int]]:
+    return (describe(form), describe(x), describe(r), describe(mask)), (dropout_p, seed, 0)
 
 
 def _workspace(call: tuple[Any, ...], form: Tensor) -> Tensor:
-    return form.new_empty(runtime.module().separable_attention_workspace(call, runtime.multiprocessors(form.device)))
+    return form.new_empty(runtime.module().separable_attention_workspace(*call, runtime.multiprocessors(form.device)))
 
 
 def _statistics(saved: State, upstream: State, dropout_p: float) -> Tensor:
-    """(batch, 4, padded rows): what backward needs of a row besides forms, see separable_attention_bwd_prepare_kernel."""
+    """(batch, 4, padded rows): what backward needs of a row besides forms, by separable_attention_bwd_prepare_kernel."""
     sums, lse, total = (value.contiguous() for value in saved)
     d_sums, d_lse, d_total = upstream
     padded = -(-sums.shape[2] // ROWS_OF_STATISTICS) * ROWS_OF_STATISTICS

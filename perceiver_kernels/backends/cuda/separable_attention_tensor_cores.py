@@ -29,10 +29,10 @@ def forward(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, drop
     if _empty(form, x):
         return sums.zero_(), lse.fill_(-torch.inf), total.zero_()
     form = form.contiguous()
-    call, multiprocessors = _call(form, x, r, mask, dropout_p, seed), runtime.multiprocessors(x.device)
-    workspace = form.new_empty(runtime.module().separable_attention_tensor_cores_workspace(call, multiprocessors))
+    call = *_call(form, x, r, mask, dropout_p, seed), runtime.multiprocessors(x.device)
+    workspace = form.new_empty(runtime.module().separable_attention_tensor_cores_workspace(*call))
     runtime.module().separable_attention_fwd_tensor_cores(
-        call, multiprocessors, *describe_all((workspace, sums, lse, total)), runtime.stream(x)
+        *call, *describe_all((workspace, sums, lse, total)), runtime.stream(x)
     )
     return sums, lse, total
 
@@ -58,10 +58,10 @@ def backward(
     form, d_sums = form.contiguous(), upstream[0].contiguous()
     statistics = _statistics(saved, (d_sums, *upstream[1:]), dropout_p)
     if needs_form:
-        call, multiprocessors = _call(form, x, r, mask, dropout_p, seed), runtime.multiprocessors(x.device)
-        workspace = form.new_empty(runtime.module().separable_attention_tensor_cores_workspace(call, multiprocessors))
+        call = *_call(form, x, r, mask, dropout_p, seed), runtime.multiprocessors(x.device)
+        workspace = form.new_empty(runtime.module().separable_attention_tensor_cores_workspace(*call))
         runtime.module().separable_attention_bwd_rows_tensor_cores(
-            call, multiprocessors, *describe_all((workspace, d_sums, statistics, d_form)), runtime.stream(x)
+            *call, *describe_all((workspace, d_sums, statistics, d_form)), runtime.stream(x)
         )
     if needs_x or needs_r:
         tokens_gradients(form, x, r, mask, dropout_p, seed, d_sums, statistics, d_x, d_r)
