@@ -63,9 +63,9 @@ struct Share {
 constexpr int kOperand = 2 * kRows;
 
 struct FormMemory {
-  const float* entries;  // [c + S_1 + S_2, rows]
-  float operands[kMostChannels + kChunk][kOperand];
+  alignas(16) float operands[kMostChannels + kChunk][kOperand];
   float factor[kRows], constant[kRows];
+  const float* entries;  // [c + S_1 + S_2, rows]
 };
 
 // What a block has in shared memory; there rather than in registers, which are for sums.
@@ -121,7 +121,7 @@ struct Entries {
   }
 };
 
-// The features of the tokens of a strip at kChunk outer positions. A warp has a tile row, a thread a column.
+// The features of a strip's tokens at kChunk outer positions. A warp takes a tile row, a thread a column.
 __device__ __forceinline__ void stage_features(const RowsTask& task, const Share& share, int strip, int first,
                                                float* features) {
   static_assert(kStripColumns == 32, "a lane to a column");
@@ -243,7 +243,8 @@ struct LaneForm {
   }
 };
 
-using Tile = float[kRowTiles][kTokenTiles][4];  // a lane's share of it
+// A lane's share of a strip's table or marginal.
+using Tile = float[kRowTiles][kTokenTiles][4];
 
 __device__ __forceinline__ void load_table(Tile& table, const Entries& entries, int strip, float beyond) {
   const Lane lane;
