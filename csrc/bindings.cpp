@@ -1,8 +1,9 @@
 // Python's door to the CPU's ops.
+#include "bindings.h"
+
 #include <numeric>
 #include <string>
 
-#include "bindings.h"
 #include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 
