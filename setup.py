@@ -57,7 +57,7 @@ FLAGS = [
     "-Wno-psabi",
 ]
 
-# GPUs that get machine code, as nvcc names them, the last one also code that newer GPUs compile for themselves.
+# GPUs that get machine code, as nvcc names them; of the last one also code that newer GPUs compile for themselves.
 # PERCEIVER_KERNELS_CUDA_ARCHS="86;89;120" replaces the list.
 CUDA_ARCHS = "80;90a;100"
 LEAST_ARCH = 80
@@ -76,21 +76,30 @@ class BuildWithNinja(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
         nvcc = find_nvcc() if name == "_cuda" else None
         if name == "_cuda" and not nvcc:
+            self.leave_out(ext)
             return
         build = Path(self.build_temp, name).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(cuda_ninja_file(target, nvcc) if nvcc else cpu_ninja_file(target))
         done = subprocess.run([ninja_command(), "-C", str(build)], check=False)
         if done.returncode == 0:
             return
         if name == "_cuda" and not cuda_demanded():
             print("perceiver_kernels: CUDA kernels left out, nvcc failed; PERCEIVER_KERNELS_CUDA=1 insists on them")
+            self.leave_out(ext)
             return
         raise SystemExit(f"perceiver_kernels: building {ext.name} failed, see the compiler's message above")
+
+    def leave_out(self, ext: Extension) -> None:
+        """No module of an earlier build stays, neither where this one would be nor where installs in place copy it."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        in_place = ROOT / ext.name.partition(".")[0] / target.name
+        for stale in (target, in_place):
+            stale.unlink(missing_ok=True)
 
     def get_outputs(self) -> list[str]:
         return [output for output in super().get_outputs() if Path(output).exists()]
@@ -179,7 +188,8 @@ def cuda_archs() -> list[str]:
 def gencode_flags() -> list[str]:
     archs = cuda_archs()
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    newest = archs[-1].rstrip("af")  # what stands for one GPU only, newer ones could not compile
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def cuda_ninja_file(target: Path, nvcc: str) -> str:

@@ -1,4 +1,4 @@
-// Every native op, declared once; csrc/cpu and csrc/cuda implement the same declarations.
+// Every native op, declared once, for CPUs and for GPUs.
 #pragma once
 
 #include "tensor.h"
@@ -149,6 +149,10 @@ struct Status {
 using Stream = void*;
 
 namespace cuda {
+
+// Whether the current GPU runs the kernels: it does not where there is no code for it, or too old a driver. Then also
+// the bytes of shared memory that a block may have.
+Status probe(int64_t& shared_memory);
 
 Status fourier_encode_grid(const FourierTables&, const TensorView& data, const TensorView& out, Stream);
 // frequencies [2, A * K]: 2 f in float32 and what rounding it left over, in place of the bands' list; largest |f|.

@@ -52,14 +52,16 @@ class Declaration:
     mask: bool = True
     dropout: bool = True
     deterministic: bool = True
+    # Why it cannot be used here, and, asked of calls on a GPU alone, why not there.
     unavailable: Callable[[], str | None] = field(default=lambda: None)
+    unusable: Callable[[Call], str | None] = field(default=lambda call: None)
     # Further devices, for calls of those who ask for this backend by name.
     devices_if_forced: Callable[[], tuple[str, ...]] = field(default=lambda: ())
 
     def not_supported_reasons(self, call: Call) -> list[str]:
         """Every reason why this backend cannot run the call; empty where it can."""
         reasons = []
-        missing = self.unavailable()
+        missing = self.unavailable() or (self.unusable(call) if call.device == "cuda" else None)
         if missing:
             reasons.append(missing)
         reason = self._device_reason(call.device)

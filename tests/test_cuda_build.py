@@ -93,6 +93,23 @@ def test_a_broken_nvcc_costs_the_kernels_or_the_build(tree: Tree) -> None:
     assert "building perceiver_kernels._cuda failed, see the compiler's message above" in done.stderr
 
 
+@pytest.mark.parametrize("text, variables", [(BROKEN, {}), (COMPILER, {"PERCEIVER_KERNELS_CUDA": "0"})])
+def test_the_module_of_an_earlier_build_does_not_stay(tree: Tree, text: str, variables: dict[str, str]) -> None:
+    tree.nvcc(COMPILER)
+    assert tree.build().returncode == 0 and tree.built() == {"_cpu", "_cuda"}
+    tree.nvcc(text)
+    (tree.folder / "csrc/cuda/one.cu").write_text("// changed")
+    assert tree.build(**variables).returncode == 0 and tree.built() == {"_cpu"}
+
+
+def test_code_for_newer_gpus_is_not_that_of_one_alone(tree: Tree) -> None:
+    tree.nvcc(COMPILER)
+    assert tree.build(PERCEIVER_KERNELS_CUDA_ARCHS="80;90a").returncode == 0
+    compiled = next(line for line in (tree.home / "bin" / "nvcc.log").read_text().splitlines() if "one.cu" in line)
+    assert "arch=compute_90a,code=sm_90a" in compiled and compiled.count("code=compute_") == 1
+    assert "arch=compute_90,code=compute_90" in compiled
+
+
 def test_other_gpus(tree: Tree) -> None:
     tree.nvcc(COMPILER)
     done = tree.build(PERCEIVER_KERNELS_CUDA_ARCHS="86;89;120")

@@ -140,3 +140,26 @@ def test_importing_is_light() -> None:
         "print(sorted({'triton', 'torch._dynamo', 'matplotlib', 'numpy.testing'} & (set(sys.modules) - before)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_gpu_that_a_backend_cannot_use_is_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No code for the GPU, or too little shared memory: asked of calls on a GPU alone, and told."""
+    from perceiver_kernels.backends.cuda import runtime
+    from perceiver_kernels.ops.separable_query_attention import OP
+
+    cuda = next(entry for entry in dispatch.declarations(OP) if entry.backend == "cuda")
+    monkeypatch.setattr(runtime, "emulated", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def reasons(device: str, head_dim: int) -> str:
+        return "; ".join(
+            cuda.not_supported_reasons(dispatch.Call(OP, device, torch.float32, torch.float32, channels=head_dim))
+        )
+
+    monkeypatch.setattr(runtime, "_limits_of", lambda device: (None, 99 << 10))
+    assert "shared memory" not in reasons("cuda", 256)
+    assert "blocks may need 163840 bytes of shared memory, GPU 0 has 101376" in reasons("cuda", 512)
+    assert "shared memory" not in reasons("cpu", 512)
+    monkeypatch.setattr(runtime, "_limits_of", lambda device: ("no kernel image", 0))
+    assert "no kernel image" in reasons("cuda", 4) and "no kernel image" not in reasons("cpu", 4)

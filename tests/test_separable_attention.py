@@ -30,6 +30,7 @@ from torch import Tensor
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
 from perceiver_kernels.backends.cuda import runtime as cuda
+from perceiver_kernels.backends.cuda import separable_attention as cuda_launchers
 from perceiver_kernels.ops.separable_attention import OP, SeparableState, separable_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
@@ -455,7 +456,7 @@ def test_the_order_of_threads_changes_nothing(
     inputs = cast(make_inputs(SeparableShape(1, 1, rows, 3, grid)), torch.float32)
     options = {"dropout_p": dropout_p, "seed": 3}
     for multiprocessors in (4, 132):
-        monkeypatch.setattr(cuda, "multiprocessors", lambda device, count=multiprocessors: count)
+        monkeypatch.setattr(cuda_launchers, "multiprocessors", lambda device, count=multiprocessors: count)
         check_against_reference(inputs, "cuda", torch.float32, **options)
         in_order = run(inputs, "cuda", **options)
         cuda_emulation.shuffle(7)

@@ -48,6 +48,11 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("emulated") = false;
   module.attr("archs") = PERCEIVER_KERNELS_CUDA_ARCHS;  // as setup.py was asked for them: "80;90a;100"
 #endif
+  module.def("probe", [] {
+    int64_t shared_memory = 0;
+    run([&] { return pk::cuda::probe(shared_memory); });
+    return shared_memory;
+  });
 
   module.def("fourier_encode_grid", [](const py::handle& tables, const std::vector<int64_t>& sections,
                                        const py::handle& data, const py::handle& out, uintptr_t stream) {

@@ -896,18 +896,15 @@ Status run_fwd(const Call& call, const SeparableQueryInputs& in, const TensorVie
                Stream stream) {
   using Sum = WeightedSum<T, tiles, channels>;
   const int64_t others = in.v.size(0) * call.heads * ceil_div(call.head_dim, channels);
-  const QueryTiling tiling = query_tiling(call, tiles, warps, others);
-  const int64_t floats = 2 * (tiling.table_rows(call) * kTablePitch + kStream) + tiling.warps * Sum::kScratch;
-  const size_t shared = static_cast<size_t>(4 * floats) + 2 * kStream * pitch_of<T>(channels) * sizeof(T);
-  return launch(separable_query_attention_fwd_kernel<T, tiles, channels, 32 * warps, blocks>, tiling.blocks() * others,
-                32 * tiling.warps, shared, stream, call, tiling, in.v.as<const T>(), out.as<T>(), lse.as<float>());
-}
-
-size_t most_shared() {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(most);
+  for (int most_warps = warps;; most_warps /= 2) {
+    const QueryTiling tiling = query_tiling(call, tiles, most_warps, others);
+    const int64_t floats = 2 * (tiling.table_rows(call) * kTablePitch + kStream) + tiling.warps * Sum::kScratch;
+    const size_t shared = static_cast<size_t>(4 * floats) + 2 * kStream * pitch_of<T>(channels) * sizeof(T);
+    if (shared > most_shared() && most_warps > 1) continue;
+    return launch(separable_query_attention_fwd_kernel<T, tiles, channels, 32 * warps, blocks>,
+                  tiling.blocks() * others, 32 * tiling.warps, shared, stream, call, tiling, in.v.as<const T>(),
+                  out.as<T>(), lse.as<float>());
+  }
 }
 
 // Bytes of what blocks that own keys have beside values and gradients: their tables and statistics.

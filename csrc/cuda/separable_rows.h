@@ -203,7 +203,8 @@ struct PartialSizes {
   int64_t sum() const { return states + outer_sums + column_sums; }
 };
 
-constexpr int kMostSlots = 1024, kStageBytes = 2048;
+// Merging takes 128 bytes of a block's memory for each slot, and some GPUs have 99 KB.
+constexpr int kMostSlots = 768, kStageBytes = 2048;
 
 // The division with the least predicted time, in tile rows that a multiprocessor's warps take one after the other:
 // those of the multiprocessor with the most blocks, and as many as it could take while partial sums go to the L2 cache
@@ -212,7 +213,8 @@ inline Split split_of(const Grid& grid, int multiprocessors) {
   constexpr double per_block = 3.0, per_strip = 1.5, partials_per_tile_row = 300.0, filling = 2.0;
   constexpr int most_warps = 32;  // that a multiprocessor may be given beyond one block
   Split best{}, split{};
-  split.warps = std::min(grid.channels > 32 ? 2 : 4, grid.outer);
+  // The sums of many channels lie in shared memory, each warp's own.
+  split.warps = std::min(grid.channels >= 120 ? 1 : grid.channels > 32 ? 2 : 4, grid.outer);
   const int64_t tile_bytes = static_cast<int64_t>(grid.tile_floats()) * sizeof(float);
   split.chunk = static_cast<int>(std::max<int64_t>(kStageBytes / tile_bytes, 1));
   const int64_t blocks = static_cast<int64_t>(grid.batch) * grid.row_blocks();

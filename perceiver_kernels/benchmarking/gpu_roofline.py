@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_kernels.backends.triton import runtime, tiles
+from perceiver_kernels.backends.gpu import multiprocessors
+from perceiver_kernels.backends.triton import runtime
 from perceiver_kernels.backends.triton.exponential import exp2
 from perceiver_kernels.benchmarking.gpu_cases import Plan
 from perceiver_kernels.benchmarking.measure import Call, interleave
@@ -34,7 +35,7 @@ def exp2_rate_kernel(  # type: ignore[no-untyped-def]
 
 def rates(plan: Plan, device: str, budget: float, min_rounds: int) -> dict[str, float]:
     """Exponentials, bytes read and written by a copy, and operations of square products, each per second."""
-    programs = 16 * tiles.multiprocessors(torch.device(device)) if device == "cuda" else 2
+    programs = 16 * multiprocessors(torch.device(device)) if device == "cuda" else 2
     rounds = 64 if device == "cuda" else 1
     x = torch.rand(programs * BLOCK, device=device)
     source = torch.rand(plan.copied // 4, device=device)

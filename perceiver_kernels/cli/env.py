@@ -53,13 +53,13 @@ def cuda_extension() -> dict[str, Any]:
     """The compiled CUDA module."""
     return {
         "module": machine.probe(lambda: cuda.module().__file__),
-        "built for": machine.probe(lambda: f"compute capabilities {cuda.module().archs.replace(';', ', ')}"),
+        "built for": machine.probe(lambda: cuda.architectures()),
         "runs": machine.probe(lambda: "emulated on the CPU, for tests" if cuda.emulated() else "on GPUs"),
-        "usable": machine.probe(lambda: cuda.unavailable() or gpu_or_none()),
+        "usable": machine.probe(lambda: cuda.unavailable() or cuda.unusable(0) or gpu()),
     }
 
 
-def gpu_or_none() -> str:
+def gpu() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "yes, but torch sees no GPU"
 
 

@@ -22,8 +22,7 @@ OP = "fourier_encode"
 ORDERS = ("per_axis", "grouped")
 SPACINGS = ("linear", "log2")
 
-declare_gpu(OP, "cuda", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES)
-declare_gpu(OP, "triton", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES)
+declare_gpu(OP, "cuda", "triton", compute_dtypes=GPU_DTYPES, data_dtypes=GPU_DTYPES)
 declare_native(OP, native, compute_dtypes=DTYPES, data_dtypes=DTYPES)
 declare_reference(OP, reference, compute_dtypes=DTYPES, data_dtypes=DTYPES)
 

@@ -33,15 +33,15 @@ MAX_CHANNELS = 128
 MAX_TOKENS = 2**34  # the counter of the dropout generator
 DATA_DTYPES = (*DTYPES, torch.uint8)
 
-for backend in ("cuda", "triton"):
-    declare_gpu(
-        OP,
-        backend,
-        compute_dtypes=(torch.float32,),
-        data_dtypes=(*GPU_DTYPES, torch.uint8),
-        axes=(1, MAX_AXES),
-        channels=(1, MAX_CHANNELS),
-    )
+declare_gpu(
+    OP,
+    "cuda",
+    "triton",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=(*GPU_DTYPES, torch.uint8),
+    axes=(1, MAX_AXES),
+    channels=(1, MAX_CHANNELS),
+)
 declare_native(
     OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DATA_DTYPES, axes=(1, MAX_AXES), channels=(1, MAX_CHANNELS)
 )

@@ -31,17 +31,32 @@ OP = "separable_query_attention"
 MAX_AXES = 4
 MAX_CHANNELS = 128
 MAX_ROWS = 2**31  # counted in 32 bits
-GPU_MAX_HEAD_DIM = 1024
+CUDA_MAX_HEAD_DIM = 512
+TRITON_MAX_HEAD_DIM = 1024
 
-for backend in ("cuda", "triton"):
-    declare_gpu(
-        OP,
-        backend,
-        compute_dtypes=(torch.float32,),
-        data_dtypes=GPU_DTYPES,
-        axes=(1, MAX_AXES),
-        channels=(1, GPU_MAX_HEAD_DIM),
-    )
+
+# A row of the values whole, and tables of the data's channels, for the block's rows in backward.
+def _shared_memory(call: dispatch.Call) -> int:
+    return (160 if (call.channels or 0) > 256 else 96) << 10
+
+
+declare_gpu(
+    OP,
+    "cuda",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=GPU_DTYPES,
+    axes=(1, MAX_AXES),
+    channels=(1, CUDA_MAX_HEAD_DIM),
+    shared_memory=_shared_memory,
+)
+declare_gpu(
+    OP,
+    "triton",
+    compute_dtypes=(torch.float32,),
+    data_dtypes=GPU_DTYPES,
+    axes=(1, MAX_AXES),
+    channels=(1, TRITON_MAX_HEAD_DIM),
+)
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 

@@ -149,7 +149,8 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulation {
-constexpr size_t kMostShared = 227 << 10, kMostThreads = 1024;
+constexpr size_t kMostShared = (EMULATED_ARCH == 800 ? 163 : EMULATED_ARCH < 900 ? 99 : 227) << 10;
+constexpr size_t kMostThreads = 1024;
 
 inline std::string& last_error() {
   static std::string the_error;
@@ -168,6 +169,8 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
   emulation::last_error() = "more shared memory than a block may have";
   return cudaErrorInvalidValue;
 }
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:

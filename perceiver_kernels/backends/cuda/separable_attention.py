@@ -9,8 +9,8 @@ from torch import Tensor
 
 from perceiver_kernels.backends.cuda import runtime
 from perceiver_kernels.backends.cuda.separable_attention_tokens import tokens_gradients
+from perceiver_kernels.backends.gpu import multiprocessors, tf32_allowed
 from perceiver_kernels.backends.native import describe, describe_all
-from perceiver_kernels.backends.precision import tf32_allowed
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def _call(
         describe_all((form, x, r, mask)),
         (dropout_p, seed, 0),
         by_tensor_cores(form, x, mask, dropout_p),
-        runtime.multiprocessors(x.device),
+        multiprocessors(x.device),
     )
 
 
@@ -94,11 +94,9 @@ def _workspace(call: tuple[Any, ...], form: Tensor) -> Tensor:
 def _statistics(saved: State, upstream: State, dropout_p: float) -> Tensor:
     """(batch, 4, padded rows): what backward needs of a row besides forms; see separable_attention_bwd_prepare."""
     sums, lse, total = (value.contiguous() for value in saved)
-    d_sums, d_lse, d_total = upstream
     padded = -(-sums.shape[2] // ROWS_OF_STATISTICS) * ROWS_OF_STATISTICS
     statistics = sums.new_empty(sums.shape[0], 4, padded)
     runtime.module().separable_attention_bwd_prepare(
-        describe(sums), describe(lse), describe(total), describe(d_sums), describe(d_lse.double()), describe(d_total),
-        dropout_p > 0, describe(statistics), runtime.stream(sums),
-    )  # fmt: skip
+        *describe_all((sums, lse, total, *upstream)), dropout_p > 0, describe(statistics), runtime.stream(sums)
+    )
     return statistics

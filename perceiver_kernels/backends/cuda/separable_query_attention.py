@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.cuda import runtime
+from perceiver_kernels.backends.gpu import multiprocessors
 from perceiver_kernels.backends.native import describe, describe_all
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -37,7 +38,7 @@ def separable_query_attention_fwd(
     lse = form.new_empty(batch, heads, math.prod(grid))
     inputs = _inputs(form, v, h, x, r, mask)
     runtime.module().separable_query_attention_fwd(
-        tuple(map(describe, inputs)),
+        describe_all(inputs),
         list(grid),
         (dropout_p, seed, 0),
         describe(out),
@@ -66,13 +67,15 @@ def separable_query_attention_bwd(
     needs_form, needs_v, needs_h, needs_x, needs_r = needs
     out, d_out = out.transpose(1, 2).contiguous(), d_out.transpose(1, 2).contiguous()
     reference, delta = torch.empty_like(lse), torch.empty_like(lse)
-    rows = describe_all((out, d_out, lse.contiguous(), reference, delta))
+    lse = lse.contiguous()
+    rows = describe_all((out, d_out, lse, reference, delta))
     runtime.module().separable_query_attention_bwd_rows(*rows, runtime.stream(out))
     inputs, saved = _inputs(form, v, h, x, r, mask), (d_out, reference, delta)
-    call = tuple(map(describe, inputs)), list(grid), (dropout_p, seed, 0), describe_all(saved)
+    call = describe_all(inputs), list(grid), (dropout_p, seed, 0), describe_all(saved)
     d_form, d_h, d_v, d_x, d_r = form.new_empty(0), form.new_empty(0), v.new_empty(0), None, None
     if needs_form or needs_h:
         d_form, d_h = _bwd_keys(call, form, v, h, mask, grid)
+        d_form, d_h = (d if needed else form.new_empty(0) for d, needed in ((d_form, needs_form), (d_h, needs_h)))
     if needs_v:
         d_v = _bwd_values(call, v, mask, grid)
     if needs_x or needs_r:
@@ -114,7 +117,7 @@ def _parts(v: Tensor, grid: Sequence[int], chunks: int) -> tuple[int, int]:
     """How many parts blocks that own keys split the columns and the outer positions into, to fill the GPU."""
     batch, heads, keys, _ = v.shape
     blocks = batch * heads * math.ceil(keys / BLOCK_KEYS) * chunks
-    wanted = math.ceil(4 * runtime.multiprocessors(v.device) / max(blocks, 1))
+    wanted = math.ceil(4 * multiprocessors(v.device) / max(blocks, 1))
     column_parts = max(min(math.ceil(grid[-1] / TILE_COLUMNS), wanted), 1)
     return column_parts, max(min(math.prod(grid[:-1]), math.ceil(wanted / column_parts)), 1)
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.gpu import multiprocessors
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LN2
 from perceiver_kernels.backends.triton.tiles import Tiles
@@ -168,7 +169,7 @@ def choose_tiles(rows: int, length: int, programs: int, channels: int, most: Lim
         channels: of a program's accumulators.
     """
     block = min(tiles.next_power_of_2(rows, 16), most.rows)
-    wanted = -(-2 * tiles.multiprocessors(device) // (programs * -(-rows // block)))
+    wanted = -(-2 * multiprocessors(device) // (programs * -(-rows // block)))
     parts = max(1, min(wanted, length // (2 * most.columns), MAX_PARTS))
     return Tiles(block, most.columns, 8 if channels > 128 else 4, 2, parts)
 

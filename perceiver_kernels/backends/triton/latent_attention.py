@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.gpu import multiprocessors
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LN2, LOG2E, exp2
@@ -272,7 +273,7 @@ def _launch(
 
     default = default_tiles(
         name.removeprefix("latent_attention_"),
-        q.dtype, max(dim, dim_v), heads_in_all * rows, tiles.multiprocessors(q.device),
+        q.dtype, max(dim, dim_v), heads_in_all * rows, multiprocessors(q.device),
     )  # fmt: skip
     candidates = (
         dataclasses.replace(default, stages=default.stages + 1),

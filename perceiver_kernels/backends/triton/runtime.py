@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from perceiver_kernels.backends.precision import tf32_allowed
+from perceiver_kernels.backends.gpu import tf32_allowed
 
 # Products followed by sums become fused multiply-adds, whatever this release of Triton does by itself.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -18,6 +18,11 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 def unavailable() -> str | None:
     """Why Triton cannot be used, or None where it can."""
     return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def unusable(shared_memory: int) -> str | None:
+    """None: Triton compiles for whatever GPU there is, and chooses tiles by its memory."""
+    return None
 
 
 def interpreting() -> bool:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.gpu import multiprocessors
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.separable_attention_tokens import tokens_gradients
@@ -440,7 +441,7 @@ def separable_attention_bwd_rows_kernel(
 def _tiles(geometry: Geometry, rows: int, columns: int, device: torch.device) -> Tiles:
     """A warp to a program, and so many parts that each multiprocessor has some warps."""
     blocks = geometry.batch * triton.cdiv(geometry.rows, rows)
-    wanted = triton.cdiv(WARPS_PER_MULTIPROCESSOR * tiles.multiprocessors(device), blocks)
+    wanted = triton.cdiv(WARPS_PER_MULTIPROCESSOR * multiprocessors(device), blocks)
     most = geometry.outer * triton.cdiv(geometry.columns, columns) // LEAST_TILE_ROWS
     return Tiles(rows, columns, warps=1, stages=1, parts=max(min(wanted, most), 1))
 

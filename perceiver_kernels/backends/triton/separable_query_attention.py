@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.gpu import multiprocessors
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.exponential import LOG2E, exp2
 from perceiver_kernels.backends.triton.grids import on_outer_axes
@@ -541,7 +542,10 @@ def separable_query_attention_bwd(
     names = ("d_out_batch", "d_out_head", "d_out_query", "d_out_channel")
     gradient = {"d_out": d_out, **dict(zip(names, d_out.stride(), strict=True))}
     arguments |= {**gradient, "lse": lse, "delta": _delta(out, gradient)}
-    d_form, d_h = _bwd_keys(arguments, form, v, h, grid) if needs_form or needs_h else 2 * (form.new_empty(0),)
+    d_form, d_h = form.new_empty(0), form.new_empty(0)
+    if needs_form or needs_h:
+        d_form, d_h = _bwd_keys(arguments, form, v, h, grid)
+        d_form, d_h = (d if needed else form.new_empty(0) for d, needed in ((d_form, needs_form), (d_h, needs_h)))
     d_v = _bwd_values(arguments, v, grid) if needs_v else v.new_empty(0)
     d_x, d_r = _bwd_queries(arguments, v, x, r, grid, needs_x, needs_r)
     return d_form, d_v, d_h, d_x, d_r
@@ -563,7 +567,7 @@ def _parts(v: Tensor, grid: Sequence[int], choice: Tiles, chunks: int) -> tuple[
     """How many parts programs that own keys split the columns and the outer positions into, to fill the GPU."""
     batch, heads, keys, _ = v.shape
     programs = batch * heads * triton.cdiv(keys, choice.columns) * chunks
-    wanted = triton.cdiv(4 * tiles.multiprocessors(v.device), max(programs, 1))
+    wanted = triton.cdiv(4 * multiprocessors(v.device), max(programs, 1))
     column_parts = max(min(triton.cdiv(grid[-1], choice.rows), wanted), 1)
     return column_parts, max(min(math.prod(grid[:-1]), triton.cdiv(wanted, column_parts)), 1)
 

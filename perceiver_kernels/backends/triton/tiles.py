@@ -82,11 +82,6 @@ def _chosen(what: str, problem: Sequence[Any], measure: Callable[[], Any] | None
     return known
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs of a kernel a GPU runs at once, at least; the interpreter stands for a small one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def next_power_of_2(size: int, at_least: int = 1) -> int:
     return max(at_least, 1 << max(size - 1, 0).bit_length())
 

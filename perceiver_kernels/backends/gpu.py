@@ -1,6 +1,8 @@
-"""How float32 matrices are multiplied on GPUs: as torch's own products are."""
+"""What kernels for GPUs ask of torch, whoever compiles them."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 
@@ -11,3 +13,9 @@ def tf32_allowed() -> bool:
         return torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # where it was set in torch's newer way, the older one refuses to be read
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on a CPU, where kernels are interpreted or emulated, few, so that small shapes are divided too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
