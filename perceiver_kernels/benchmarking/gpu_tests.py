@@ -14,8 +14,10 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 RECORD = "PERCEIVER_KERNELS_TEST_RECORD"
-# What runs kernels on a GPU: tests of its backends, and those that need one; not those of this check.
-SELECTED = "(triton or cuda or gpu) and not gpu_check and not gpu_providers"
+# What runs kernels on a GPU: tests of its backends, and those that need one; not those of this check, nor what the host
+# proves alone.
+HOST = ("gpu_check", "gpu_providers", "cuda_build", "cuda_emulation", "cuda_code", "machine_code")
+SELECTED = " and not ".join(("(triton or cuda or gpu)", *HOST))
 SELECTED_TINY = "dropout_is_the_references"
 SANITIZED = "test_cuda_sanitized.py"
 WORKERS = 8
