@@ -50,6 +50,20 @@ __global__ void late_copy_kernel(const float* in, float* out, int wait) {
   for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
 }
 
+__global__ void reuse_kernel(const float* in, float* out, bool wait) {
+  float* shared = shared_memory<float>();
+  const int own = 4 * threadIdx.x;
+  async_copy(shared + own, in + own);
+  async_commit();
+  async_wait<0>();
+  __syncthreads();
+  out[threadIdx.x] = shared[own ^ 16];
+  if (wait) __syncthreads();
+  async_copy(shared + own, in + 4 * blockDim.x + own);
+  async_commit();
+  async_wait<0>();
+}
+
 __global__ void bulk_kernel(const float* in, float* out, int what) {
   uint64_t* barrier = shared_memory<uint64_t>();
   float* shared = shared_memory<float>() + 4;
@@ -146,6 +160,9 @@ ENTRY warp(const float* in, float* out, bool wait) {
 ENTRY late_copy(const float* in, float* out, int wait) {
   return text(launch(late_copy_kernel, 1, 8, 32 * sizeof(float), nullptr, in, out, wait));
 }
+ENTRY reuse(const float* in, float* out, bool wait) {
+  return text(launch(reuse_kernel, 1, 32, 128 * sizeof(float), nullptr, in, out, wait));
+}
 ENTRY bulk(const float* in, float* out, int what) {
   return text(launch(bulk_kernel, 1, 64, 16 + 256, nullptr, in, out, what));
 }
@@ -222,6 +239,17 @@ def test_a_missing_wait_shows(kernels: Kernels, name: str, threads: int) -> None
             right.append(torch.equal(out, expected))
             assert wait or out.isnan().any(), "what is read too soon is NaN"
         assert all(right) if wait else not any(right)
+
+
+def test_a_stage_that_is_filled_again_too_soon_shows(kernels: Kernels) -> None:
+    x = torch.arange(256.0)
+    for wait in (1, 0):
+        right = []
+        for _ in orders(kernels, range(1, 5)):
+            out = torch.zeros(32)
+            assert kernels("reuse", x, out, wait) == ""
+            right.append(torch.equal(out, x[:128:4].view(-1, 2, 4).flip(1).flatten()))
+        assert all(right) if wait else not all(right)
 
 
 def test_copies_arrive_when_they_are_waited_for(kernels: Kernels) -> None:

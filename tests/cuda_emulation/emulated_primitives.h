@@ -32,7 +32,7 @@ inline const unsigned char* shared_pointer(uint32_t address) {
 inline void async_copy(void* shared, const void* global) {
   emulation::must_be_aligned(shared, 16, "a copy's target");
   emulation::must_be_aligned(global, 16, "a copy's source");
-  emulation::state().now->uncommitted.push_back({shared, global, 16});
+  emulation::issue(emulation::state().now->uncommitted, {shared, global, 16});
 }
 
 inline void async_copy_or_zeros(void* shared, const void* global, bool exists) {
@@ -43,7 +43,7 @@ inline void async_copy_or_zeros(void* shared, const void* global, bool exists) {
 inline void async_copy_word(void* shared, const void* global) {
   emulation::must_be_aligned(shared, 4, "a copy's target");
   emulation::must_be_aligned(global, 4, "a copy's source");
-  emulation::state().now->uncommitted.push_back({shared, global, 4});
+  emulation::issue(emulation::state().now->uncommitted, {shared, global, 4});
 }
 
 inline void async_commit() {
@@ -121,7 +121,7 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   emulation::must_be_aligned(shared, 16, "a bulk copy's target");
   emulation::must_be_aligned(global, 16, "a bulk copy's source");
   if (bytes % 16) emulation::fail("a bulk copy's size is not a multiple of 16");
-  emulated_barrier(barrier).copies.push_back({shared, global, bytes});
+  emulation::issue(emulated_barrier(barrier).copies, {shared, global, bytes});
 }
 
 #endif

@@ -93,6 +93,7 @@ struct State {
   std::function<void()> body;
   std::string failure;
   unsigned shuffle = 0;
+  uint32_t coin = 0;
   int capability = 90;
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack = nullptr;
@@ -293,6 +294,16 @@ std::vector<T> meet_lanes(unsigned mask, const T& mine) {
 }
 
 inline void copy(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+
+// Notes a copy that arrives when it is waited for. In shuffled orders half of them also arrive at once, and show who
+// still reads what was there.
+inline void issue(std::vector<Copy>& copies, const Copy& one) {
+  auto& s = state();
+  copies.push_back(one);
+  if (s.shuffle == 0) return;
+  s.coin = s.coin * 1664525u + 1013904223u + s.shuffle;
+  if (s.coin >> 31) copy(one);
+}
 
 inline void must_be_aligned(const void* pointer, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes) fail(std::string(what) + " is not aligned");
