@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,12 +100,24 @@ def figures(build: Build) -> Figures:
 
 @functools.cache
 def _figures(request: str) -> Figures:
+    compiler = _compiler()
+    assert compiler.stdin and compiler.stdout
+    print(request, file=compiler.stdin, flush=True)
+    answer = compiler.stdout.readline()
+    if not answer:
+        _compiler.cache_clear()
+    assert answer, f"the compiling process ended with {compiler.wait()}"
+    result = json.loads(answer)
+    assert "error" not in result, result["error"]
+    return Figures(**result)
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen[str]:
+    """This file as a process that answers each line, a build, with one, its figures; it ends with ours."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, __file__], input=request, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return Figures(**json.loads(done.stdout.splitlines()[-1]))
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, env=environment, text=True)
 
 
 def cuda_module() -> Path | None:
@@ -298,6 +311,17 @@ def _registers(cubin: bytes, name: str) -> int:
     return int(found.group(1))
 
 
+def answer_requests() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what compilers print is no answer
+    for request in sys.stdin:
+        try:
+            answer = asdict(measured(Build(**json.loads(request))))
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS.parent))
-    print(json.dumps(asdict(measured(Build(**json.loads(sys.stdin.read()))))))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    answer_requests()
