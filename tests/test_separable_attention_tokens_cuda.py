@@ -65,7 +65,7 @@ def test_steep_scores() -> None:
 @pytest.mark.parametrize("channels", [3, 5])
 @pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min], ids=str)
 def test_table_entries_that_exclude(channels: int, value: float) -> None:
-    """Positions that some rows do not attend to, and a row that no position can attend to: it has no part in gradients."""
+    """Positions that some rows do not attend to, and a row with none to attend to, which has no part in gradients."""
     inputs = make_inputs(SeparableShape(1, 1, 6, channels, (4, 6)))
     inputs["tables"][0][:, :3, 1] = value
     inputs["tables"][1][:, 2:, 2] = value
