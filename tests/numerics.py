@@ -1,7 +1,12 @@
-"""The one tolerance policy: how much worse than plain PyTorch in the same dtype a result may be, against float64."""
+"""The one tolerance policy: how much worse than plain PyTorch in the same dtype a result may be, against float64.
+
+And torch's switch for products of TensorFloat-32, which tests turn for a while.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,3 +77,13 @@ def assert_no_worse(
     rms, plain_rms = (root_mean_square(value.double() - truth) / norm for value in (actual, plain))
     cap = max(tolerance.rms * amplification, tolerance.factor * plain_rms)
     assert rms <= cap, f"{name}: relative RMS error {rms:.3g}, must be at most {cap:.3g}"
+
+
+@contextmanager
+def tf32_allowed(allowed: bool = True) -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before

@@ -118,8 +118,8 @@ QUERY_SHAPES = [
 
 def device_of(backend: str) -> str:
     """Where a backend's tests run: kernels for GPUs on one if there is one, else on the CPU as they can be."""
-    on_host = {"triton": interpreting, "cuda": cuda.emulated}
-    return "cuda" if backend in on_host and not on_host[backend]() else "cpu"
+    on_gpu = backend in ("cuda", "triton") and not (interpreted(backend) or emulated(backend))
+    return "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
 
 
 def available_backends(op: str) -> list[str]:
@@ -208,7 +208,7 @@ SEPARABLE_SHAPES_INTERPRETED = [
 def separable_shapes(backend: str) -> list[SeparableShape]:
     if interpreted(backend):
         return SEPARABLE_SHAPES_INTERPRETED
-    if backend == "cuda" and cuda.emulated():  # a long axis takes seconds
+    if emulated(backend):  # a long axis takes seconds
         return [replace(shape, grid=tuple(min(size, 3000) for size in shape.grid)) for shape in SEPARABLE_SHAPES]
     return SEPARABLE_SHAPES
 

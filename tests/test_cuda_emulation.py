@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(cuda_emulation.compiler() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not cuda_emulation.compiler(), reason="there is no C++ compiler")
 
 # Kernels that are right, and the same with one thing wrong; each entry point runs one and returns the error's text.
 SOURCE = r"""
@@ -209,7 +209,7 @@ def compiled(folder: Path, *flags: str) -> Path:
     source.write_text(SOURCE)
     includes = [f"-I{cuda_emulation.HERE}", f"-I{cuda_emulation.CUDA}"]
     options = [*cuda_emulation.FLAGS, "-O0", *flags, *includes, "-DEMULATED_ARCH=900"]
-    command = [str(cuda_emulation.compiler()), "-x", "c++", *options, "-shared", str(source), "-o", str(target)]
+    command = [*cuda_emulation.compiler(), "-x", "c++", *options, "-shared", str(source), "-o", str(target)]
     subprocess.run(command, check=True)
     return target
 
@@ -224,6 +224,10 @@ def orders(kernels: Kernels, seeds: range) -> Iterator[int]:
     for seed in (*seeds, 0):
         kernels.library.emulation_shuffle(ctypes.c_uint(seed))
         yield seed
+
+
+def test_kernels_compile() -> None:
+    assert not cuda_emulation.failure, cuda_emulation.failure
 
 
 @pytest.mark.parametrize("name, threads", [("reverse", 96), ("warp", 64)])

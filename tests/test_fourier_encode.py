@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import Build, built, built_loops, cuda_module, figures, needs_triton
+from machine_code import Build, built, built_loops, figures, needs_triton
 from numerics import assert_no_worse, error
 from shapes import available_backends, device_of, dtypes_of
 from torch import Tensor
@@ -322,7 +322,7 @@ def test_far_positions(backend: str, far: float) -> None:
         encoded = fourier_encode(positions, 3, 8.0)
     truth = explicit_formula(positions, frequencies_of("linear", 3, [8.0]), "per_axis", True, False)
     waves = slice(0, 6)
-    assert error(encoded[:, waves].cpu(), truth[:, waves]) <= 8e-8 + 2**-24 + 4 * far * 2**-46
+    assert error(encoded[:, waves].cpu(), truth[:, waves]) <= slack(backend) + 2**-24 + 4 * far * 2**-46
     assert torch.equal(encoded[1::2], near[1::2])
 
 
@@ -338,7 +338,7 @@ def test_many_features_of_strided_positions(backend: str, num_bands: int, axes: 
     for out in (*outs, memory[:, 2:-1]):
         with use_backend(backend):
             fourier_encode(positions, num_bands, 20.0, order=order, out=out)
-        assert_rounded_once(out, truth, "triton")
+        assert_rounded_once(out, truth, backend)
 
 
 @needs_triton
@@ -382,10 +382,6 @@ def test_machine_code_of_points(kind: str, arch: int) -> None:
     assert found.loop / pairs_of_a_thread <= 56, "instructions per pair of sine and cosine"
 
 
-NO_NVCC = pytest.mark.skipif(cuda_module() is None, reason="the CUDA module is not built")
-
-
-@NO_NVCC
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("form, store, most", [("IjLi4E", "STG.E.128", 8), ("ItLi8E", "STG.E.128", 7),
                                                ("IjLi1E", "STG.E", 16), ("ItLi1E", "STG.E.U16", 16)])  # fmt: skip
@@ -402,7 +398,6 @@ def test_cuda_machine_code_of_grids(form: str, store: str, most: float, arch: st
     assert len(loop) / words <= most, "instructions per element"
 
 
-@NO_NVCC
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("kind", ["f", "NS_8BFloat16E", "NS_7Float16E"])
 def test_cuda_machine_code_of_points(kind: str, arch: str) -> None:

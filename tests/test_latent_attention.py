@@ -8,12 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import cuda_emulation
 import dense_attention
 import pytest
 import torch
 import torch.nn.functional as F
-from another_process import INSTRUCTION_SETS, check_at, run_checks
+from another_process import INSTRUCTION_SETS, check_at
 from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -255,20 +254,6 @@ def test_dropout_draws_from_torch_s_generator() -> None:
 def test_two_runs_are_bitwise_equal(backend: str) -> None:
     shape, dtype = fitted(LatentShape(2, 2, 40, 70, 8, 8), backend), single(backend)
     dense_attention.check_two_runs_are_equal(latent_attention, backend, shape, dtype, **dropout_of(backend))
-
-
-@pytest.mark.skipif(not emulated("cuda"), reason="no emulation of CUDA")
-def test_forward_by_products_of_warps() -> None:
-    """On GPUs other than sm_90 warps multiply for themselves; elsewhere these tests run products of warpgroups."""
-    run_checks(
-        "test_latent_attention",
-        """
-        for shape in (t.LatentShape(1, 2, 70, 130, 64, 64), t.LatentShape(1, 1, 65, 70, 128, 128)):
-            for dtype in (torch.bfloat16, torch.float16):
-                t.check_against_reference(t.make_inputs(shape), "cuda", dtype)
-        """,
-        **{cuda_emulation.ARCH: "800"},
-    )
 
 
 @pytest.mark.parametrize("shape", [LatentShape(1, 3, 300, 400, 32, 40), LatentShape(7, 5, 20, 33, 8, 8)], ids=str)

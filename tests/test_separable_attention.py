@@ -459,9 +459,8 @@ def test_the_order_of_threads_changes_nothing(
         monkeypatch.setattr(cuda_launchers, "multiprocessors", lambda device, count=multiprocessors: count)
         check_against_reference(inputs, "cuda", torch.float32, **options)
         in_order = run(inputs, "cuda", **options)
-        cuda_emulation.shuffle(7)
-        shuffled = run(inputs, "cuda", **options)
-        cuda_emulation.shuffle(0)
+        with cuda_emulation.shuffled(7):
+            shuffled = run(inputs, "cuda", **options)
         for name, value in in_order.items():
             assert torch.equal(value, shuffled[name]), name
 

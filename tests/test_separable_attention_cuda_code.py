@@ -9,8 +9,6 @@ import cuda_emulation
 import machine_code
 import pytest
 
-needs_module = pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
-
 
 def figures(kernel: str, channels: int, one_outer: bool, careful: bool, arch: str) -> machine_code.Figures:
     """`one_outer`: for grids of at most two axes; `careful`: for masks and dropout."""
@@ -33,7 +31,6 @@ PER_PAIR = {
 }
 
 
-@needs_module
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize(("kernel", "channels"), PER_PAIR)
 def test_main_loop(kernel: str, channels: int, arch: str) -> None:
@@ -42,11 +39,10 @@ def test_main_loop(kernel: str, channels: int, arch: str) -> None:
     assert found.per_pair <= PER_PAIR[kernel, channels]
     assert found.spills <= (2 if channels == 4 else 0)  # those two are not in the loop
     assert found.shuffles == 0
-    # Three blocks of 128 threads on a multiprocessor, or two.
-    assert found.registers <= (255 if (kernel, channels) == ("bwd_rows", 4) else 168)
+    if (kernel, channels) != ("bwd_rows", 4):
+        assert found.registers <= 168  # three blocks of 128 threads on a multiprocessor
 
 
-@needs_module
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize(("kernel", "per_pair"), [("fwd", 16.0), ("bwd_rows", 22.2)])
 def test_main_loop_of_more_axes(kernel: str, per_pair: float, arch: str) -> None:
@@ -56,7 +52,6 @@ def test_main_loop_of_more_axes(kernel: str, per_pair: float, arch: str) -> None
     assert found.per_pair <= per_pair
 
 
-@needs_module
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_rows"])
 @pytest.mark.parametrize("channels", [0, 1, 2, 3, 4])
@@ -67,7 +62,6 @@ def test_registers_suffice(channels: int, kernel: str, one_outer: bool, careful:
     assert found.spills <= (2 if one_outer else 10)
 
 
-@needs_module
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_rows"])
 @pytest.mark.parametrize("channels", [0, 3])
 def test_tokens_come_by_asynchronous_copies(channels: int, kernel: str) -> None:
@@ -96,11 +90,11 @@ int main(int, char** arguments) {
 @pytest.fixture(scope="module")
 def print_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = cuda_emulation.compiler()
-    if compiler is None:
+    if not compiler:
         pytest.skip("there is no C++ compiler")
     program = tmp_path_factory.mktemp("split") / "print_split"
     flags = ["-std=c++17", "-O0", "-w", "-DEMULATED_ARCH=900", f"-I{cuda_emulation.HERE}", f"-I{cuda_emulation.CUDA}"]
-    command = [compiler, *flags, "-x", "c++", "-", str(cuda_emulation.HERE / "emulation.cpp"), "-o", str(program)]
+    command = [*compiler, *flags, "-x", "c++", "-", str(cuda_emulation.HERE / "emulation.cpp"), "-o", str(program)]
     subprocess.run(command, input=PRINT_SPLIT, text=True, check=True)
     return program
 

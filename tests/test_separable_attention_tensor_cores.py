@@ -10,23 +10,19 @@ of their RMS value.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
-import cuda_emulation
 import machine_code
 import pytest
 import torch
-from numerics import root_mean_square
-from shapes import device_of
+from numerics import root_mean_square, tf32_allowed
+from shapes import available_backends, device_of
 from torch import Tensor
 
-from perceiver_kernels.backends.cuda import runtime
 from perceiver_kernels.backends.cuda import separable_attention as launchers
 from perceiver_kernels.backends.reference import separable_attention as reference
-from perceiver_kernels.benchmarking.gpu_roofline import tf32_allowed
 
-needs_kernels = pytest.mark.skipif(runtime.unavailable() is not None, reason="the CUDA module cannot be used here")
+needs_kernels = pytest.mark.skipif("cuda" not in available_backends("separable_attention"), reason="no CUDA")
 
 EPS = 2.0**-11
 RMS = 2.0 * EPS
@@ -204,26 +200,6 @@ def test_nan_reaches_the_rows_that_attend_to_it() -> None:
         assert rows[:, 7].any() and not rows[:, :7].any() and not rows[:, 8:].any()
 
 
-@needs_kernels
-def test_order_of_threads_changes_nothing() -> None:
-    call = make(PLANES[4])
-    emulated = "perceiver_kernels._cuda" in sys.modules and runtime.emulated()
-
-    def results() -> tuple[Tensor, ...]:
-        saved = call.forward()
-        return (*saved, call.backward(saved))
-
-    first = results()
-    if emulated:
-        cuda_emulation.shuffle(7)
-    try:
-        second = results()
-    finally:
-        if emulated:
-            cuda_emulation.shuffle(0)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_which_calls_run_by_tensor_cores() -> None:
     form, x = torch.zeros(1, 12, 2), torch.zeros(1, 4, 5, 3, dtype=torch.bfloat16)
     with tf32_allowed(False):
@@ -236,21 +212,20 @@ def test_which_calls_run_by_tensor_cores() -> None:
         assert not launchers.by_tensor_cores(form, torch.zeros(1, 4, 5, 4), None, 0.0)
 
 
-@pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize(
-    ("kernel", "per_pair", "products", "registers"),
+    ("kernel", "per_pair", "products"),
     [
         # By hand 4.6: two multiply-adds, EX2, half a product; half of the loads; 20 a position for the outer sum.
-        ("separable_attention_fwd_tensor_cores_kernel", 5.5, 16, 168),
+        ("separable_attention_fwd_tensor_cores_kernel", 5.5, 16),
         # 7.2: another multiply-add, a product of its own, a quarter of a product.
-        ("separable_attention_bwd_rows_tensor_cores_kernel", 8.5, 24, 255),
+        ("separable_attention_bwd_rows_tensor_cores_kernel", 8.5, 24),
     ],
 )
-def test_machine_code(kernel: str, per_pair: float, products: int, registers: int, arch: str) -> None:
+def test_machine_code(kernel: str, per_pair: float, products: int, arch: str) -> None:
     found = machine_code.built(kernel, arch)
     assert found.exponentials == 32
     assert found.per_pair <= per_pair
     assert found.tensor_core == products
     assert found.spills == found.shuffles == 0
-    assert found.registers <= registers
+    assert found.registers <= 168  # three blocks of 128 threads on a multiprocessor

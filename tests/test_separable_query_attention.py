@@ -7,7 +7,6 @@ import itertools
 import math
 from typing import Any
 
-import cuda_emulation
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +18,6 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends.cuda import runtime as cuda
 from perceiver_kernels.backends.reference.philox import dropout_scales
 from perceiver_kernels.backends.triton.tiles import Tiles
 from perceiver_kernels.ops.separable_query_attention import OP, explain, separable_query_attention
@@ -184,19 +182,6 @@ CUDA_SHAPES = [
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA")
 def test_shapes_of_several_tiles(dtype: torch.dtype, shape: QueryShape) -> None:
     check_against_reference(make_inputs(shape, masked=shape.batch > 1), "cuda", dtype)
-
-
-@pytest.mark.skipif("cuda" not in BACKENDS or not cuda.emulated(), reason="blocks and threads of a GPU take turns")
-def test_blocks_and_threads_may_run_in_any_order() -> None:
-    inputs = cast(make_inputs(QueryShape(2, 1, 1, 1, 40, 1, 72, (5, 34)), masked=True), torch.float32, torch.bfloat16)
-    expected = run(inputs, "cuda", dropout_p=0.2, seed=1)
-    cuda_emulation.shuffle(5)
-    try:
-        actual = run(inputs, "cuda", dropout_p=0.2, seed=1)
-    finally:
-        cuda_emulation.shuffle(0)
-    for name, value in actual.items():
-        assert torch.equal(value, expected[name]), name
 
 
 SMALL = QueryShape(2, 1, 1, 2, 18, 2, 6, (2, 5))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
-from machine_code import built, cuda_module
-
-pytestmark = pytest.mark.skipif(cuda_module() is None, reason="the CUDA module is not built")
+from machine_code import built
 
 
 class Expected(NamedTuple):
@@ -42,7 +40,6 @@ FLOATS = {
 def test_16_bits_in_the_tensor_cores(kernel: str, dtype: str, arch: str) -> None:
     found, expected = built(f"separable_query_attention_{kernel.format(dtype)}", arch), HALVES[kernel]
     assert found.spills == 0
-    assert found.registers <= 255  # 8 warps on a multiprocessor
     assert found.operations["MUFU.EX2"] == expected.exponentials
     assert found.tensor_core == expected.products
     assert found.per_pair_at_best <= expected.per_pair
@@ -53,6 +50,5 @@ def test_16_bits_in_the_tensor_cores(kernel: str, dtype: str, arch: str) -> None
 def test_float32_outside_them(kernel: str, arch: str) -> None:
     found = built(f"separable_query_attention_{kernel}", arch)
     assert found.spills == 0
-    assert found.registers <= 255
     assert found.operations["MUFU.EX2"] == FLOATS[kernel]
     assert found.tensor_core == 0

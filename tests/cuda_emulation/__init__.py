@@ -7,17 +7,17 @@ then takes tensors of the CPU, for whoever asks for it by name.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import pybind11
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -38,15 +38,21 @@ FLAGS = [
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+# Why the module that the environment asks for is not installed although there is a compiler.
+failure = ""
+
+
+def compiler() -> list[str]:
+    """The words that call it, none where there is none."""
+    words = shlex.split(os.environ.get("CXX") or "g++")
+    return words if shutil.which(words[0]) else []
 
 
 def sanitizer_libraries() -> list[str]:
     """The sanitizers' shared libraries, which a process must load first; none where the compiler has none."""
     found = []
     for name in ("libasan.so", "libubsan.so"):
-        command = [str(compiler()), f"-print-file-name={name}"]
+        command = [*compiler(), f"-print-file-name={name}"]
         path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         found += [path] if Path(path).is_absolute() else []
     return found if len(found) == 2 else []
@@ -64,6 +70,11 @@ def sanitizer_environment() -> dict[str, str]:
 
 def build(arch: int = 900, sanitize: bool = False) -> Path:
     """The module, built where a source is newer than it."""
+    import fcntl
+
+    import pybind11
+
+    command = shlex.join(compiler())
     folder = ROOT / "build" / f"cuda_emulation-{arch}{'-sanitized' if sanitize else ''}"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -73,11 +84,11 @@ def build(arch: int = 900, sanitize: bool = False) -> Path:
     lines = [
         f"flags = {shlex.join(flags)}",
         "rule compile",
-        f"  command = {compiler()} -x c++ -MD -MF $out.d $flags -c $in -o $out",
+        f"  command = {command} -x c++ -MD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler()} -shared $flags $in -o $out",
+        f"  command = {command} -shared $flags $in -o $out",
         *(f"build {source.stem}.o: compile {_escaped(source)}" for source in sources),
         f"build {_escaped(target)}: link {' '.join(f'{source.stem}.o' for source in sources)}",
         "",
@@ -104,8 +115,14 @@ def _ninja() -> str:
 
 
 def install() -> None:
-    """Builds the module that the environment asks for and loads it as perceiver_kernels._cuda."""
-    path = build(int(os.environ.get(ARCH, "900")), os.environ.get(SANITIZE) == "1")
+    """Builds the module that the environment asks for and loads it as perceiver_kernels._cuda, or says in `failure`
+    why not: then there are no tests of the backend but one, which fails."""
+    global failure
+    try:
+        path = build(int(os.environ.get(ARCH, "900")), os.environ.get(SANITIZE) == "1")
+    except (ImportError, OSError, RuntimeError) as error:
+        failure = str(error)
+        return
     spec = importlib.util.spec_from_file_location("perceiver_kernels._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -113,6 +130,27 @@ def install() -> None:
     sys.modules["perceiver_kernels._cuda"] = module
 
 
-def shuffle(seed: int) -> None:
-    """Lets blocks and threads run in another order from the next launch on; 0 is the order of their numbers."""
-    ctypes.CDLL(sys.modules["perceiver_kernels._cuda"].__file__).emulation_shuffle(ctypes.c_uint(seed))
+@contextmanager
+def shuffled(seed: int) -> Iterator[None]:
+    """Within, blocks and threads run in another order than that of their numbers, 0. On a GPU no two runs are alike."""
+    module = sys.modules.get("perceiver_kernels._cuda")
+    if module is None or not module.emulated:
+        yield
+        return
+    library = ctypes.CDLL(module.__file__)
+    library.emulation_shuffle(ctypes.c_uint(seed))
+    try:
+        yield
+    finally:
+        library.emulation_shuffle(ctypes.c_uint(0))
+
+
+def launched() -> tuple[set[str], set[str]]:
+    """The kernels that have run in this process, and all that there are; instances of templates count each."""
+    library = ctypes.CDLL(sys.modules["perceiver_kernels._cuda"].__file__)
+    symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(\w+) [tT] (\S*_kernel\S*|emulation_launched)\n", symbols)
+    places = {name: int(place, 16) for place, name in found}
+    function = library.emulation_launched
+    start = (ctypes.cast(function, ctypes.c_void_p).value or 0) - places.pop("emulation_launched")
+    return {name for name, place in places.items() if function(ctypes.c_void_p(start + place))}, set(places)

@@ -198,6 +198,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* configuration, void (*k
     return cudaErrorInvalidValue;
   }
   try {
+    emulation::state().launched.insert(reinterpret_cast<const void*>(kernel));
     const std::tuple<Parameters...> kept(arguments...);
     emulation::run(configuration->gridDim.x, threads, configuration->dynamicSmemBytes,
                    [&] { std::apply(kernel, kept); });

@@ -16,6 +16,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -94,6 +95,7 @@ struct State {
   std::string failure;
   unsigned shuffle = 0;
   uint32_t coin = 0;
+  std::set<const void*> launched;  // kernels
   int capability = 90;
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack = nullptr;
