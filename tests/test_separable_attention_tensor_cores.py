@@ -227,13 +227,13 @@ def test_order_of_threads_changes_nothing() -> None:
 def test_which_calls_run_by_tensor_cores() -> None:
     form, x = torch.zeros(1, 12, 2), torch.zeros(1, 4, 5, 3, dtype=torch.bfloat16)
     with tf32_allowed(False):
-        assert not launchers.by_tensor_cores(form, x, None, 0.0)
+        assert not launchers.tensor_core_products(form, x, None, None, 0.0)
     with tf32_allowed(True):
-        assert launchers.by_tensor_cores(form, x, None, 0.0)
-        assert not launchers.by_tensor_cores(form, x, torch.ones(1, 4, 5, dtype=torch.bool), 0.0)
-        assert not launchers.by_tensor_cores(form, x, None, 0.1)
-        assert not launchers.by_tensor_cores(form, x.flatten(1, 2), None, 0.0)
-        assert not launchers.by_tensor_cores(form, torch.zeros(1, 4, 5, 4), None, 0.0)
+        assert launchers.tensor_core_products(form, x, None, None, 0.0)
+        assert not launchers.tensor_core_products(form, x, None, torch.ones(1, 4, 5, dtype=torch.bool), 0.0)
+        assert not launchers.tensor_core_products(form, x, None, None, 0.1)
+        assert not launchers.tensor_core_products(form, x.flatten(1, 2), None, None, 0.0)
+        assert not launchers.tensor_core_products(form, torch.zeros(1, 4, 5, 4), None, None, 0.0)
 
 
 @pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
