@@ -54,6 +54,8 @@ PLANES = [
     Plane(2, 1, 17, 3, (9, 70)),
     Plane(1, 1, 3, 3, (40, 130)),  # blocks with several strips
     Plane(1, 1, 300, 1, (2, 65)),  # several blocks of rows, the last with idle warps
+    Plane(2, 1, 17, 9, (5, 40)),  # many channels
+    Plane(1, 1, 40, 70, (4, 21)),
     Plane(0, 1, 3, 2, (2, 3)),
     Plane(2, 1, 3, 2, (2, 0)),
     Plane(2, 1, 0, 2, (2, 3)),
@@ -94,8 +96,10 @@ def make(plane: Plane, with_r: bool = True, dtype: torch.dtype = torch.float32) 
     rand = lambda *size: torch.randn(*size, generator=g).to(device)  # noqa: E731
     entries = plane.channels + sum(plane.grid)
     x = rand(plane.batch, plane.channels, *plane.grid).permute(0, 2, 3, 1)
+    form = rand(plane.query_batch, entries, plane.rows)
+    form[:, : plane.channels] /= max(1.0, plane.channels / 3) ** 0.5
     return Call(
-        rand(plane.query_batch, entries, plane.rows),
+        form,
         (60 * x + 128).clamp(0, 255).to(dtype) if dtype == torch.uint8 else x.to(dtype),
         rand(plane.batch, *plane.grid).abs() + 0.1 if with_r else None,
         rand(plane.batch, entries, plane.rows),
@@ -227,13 +231,13 @@ def test_order_of_threads_changes_nothing() -> None:
 def test_which_calls_run_by_tensor_cores() -> None:
     form, x = torch.zeros(1, 12, 2), torch.zeros(1, 4, 5, 3, dtype=torch.bfloat16)
     with tf32_allowed(False):
-        assert not launchers.tensor_core_products(form, x, None, None, 0.0)
+        assert not launchers.tensor_core_products(form, x, None, 0.0)
     with tf32_allowed(True):
-        assert launchers.tensor_core_products(form, x, None, None, 0.0)
-        assert not launchers.tensor_core_products(form, x, None, torch.ones(1, 4, 5, dtype=torch.bool), 0.0)
-        assert not launchers.tensor_core_products(form, x, None, None, 0.1)
-        assert not launchers.tensor_core_products(form, x.flatten(1, 2), None, None, 0.0)
-        assert not launchers.tensor_core_products(form, torch.zeros(1, 4, 5, 4), None, None, 0.0)
+        assert launchers.tensor_core_products(form, x, None, 0.0)
+        assert not launchers.tensor_core_products(form, x, torch.ones(1, 4, 5, dtype=torch.bool), 0.0)
+        assert not launchers.tensor_core_products(form, x, None, 0.1)
+        assert not launchers.tensor_core_products(form, x.flatten(1, 2), None, 0.0)
+        assert not launchers.tensor_core_products(form, torch.zeros(1, 4, 5, 4), None, 0.0)
 
 
 @pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")

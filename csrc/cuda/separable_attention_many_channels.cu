@@ -1,5 +1,5 @@
 // Separable attention of 5 to 128 data channels: the products with channels in tensor cores, forward and the gradients
-// of its rows (docs/cuda.md). a . (r x) is a product of TensorFloat-32 numbers, sums of r x times weights are another;
+// of its rows (docs/cuda.md). a . x is a product of TensorFloat-32 numbers, sums of x times weights are another;
 // tables, marginals and exponentials are float32 in the registers between them.
 #include "separable_products.h"
 
@@ -19,7 +19,7 @@ struct Shape {
   static constexpr int M = K < (backward ? 8 : 16) ? 2 : 1;
   static constexpr int row_tiles = M * kWarps, rows = 16 * row_tiles;
   static constexpr int tile_floats = (8 * K + 1) * kQuantityStride;
-  static constexpr int stage_positions = 32 / K, stages = K == 16 && backward ? 1 : 2;
+  static constexpr int stage_positions = K == 16 ? kPositions : 16 / K, stages = K == 16 && backward ? 1 : 2;
 };
 
 // What a block has of a linear form, as lanes take it.
@@ -39,22 +39,36 @@ struct BlockMemory {
 
 // --- products ---
 
-// Numbers as operands of TensorFloat-32 products: rounded, and what rounding took away, which keeps all but its last
-// bit. `products` of them make one: all of float32's digits take three, two where the second operand's numbers are
-// exact, and one is TensorFloat-32 as it is.
-template <int count>
+// `products` of TensorFloat-32 numbers, of which tensor cores cut off the low 13 bits, make one of float32: three of
+// rounded numbers and what rounding took from them; two where the second operand is exact as it is; or one, of numbers
+// made larger by what is cut off on average.
+enum class Digits { all, exact, first };
+
+constexpr Digits first_digits(int products) { return products == 1 ? Digits::first : Digits::all; }
+constexpr Digits second_digits(int products) { return products == 2 ? Digits::exact : first_digits(products); }
+constexpr float kMore = 1.0f + 0.7213f / 2048;
+
+template <int count, Digits digits>
 struct Operand {
   uint32_t high[count], low[count];
 
   __device__ __forceinline__ void set(int i, float value) {
-    high[i] = round_tf32(value);
+    if (digits == Digits::first) value *= kMore;
+    high[i] = __float_as_uint(value);
+    if (digits != Digits::all) return;
+    high[i] = (high[i] + 0x1000) & 0xFFFFE000;  // may make NaN a number: not so what is left
     low[i] = __float_as_uint(value - __uint_as_float(high[i]));
   }
 };
+template <int products>
+using First = Operand<4, first_digits(products)>;
+template <int products>
+using Second = Operand<2, second_digits(products)>;
 
 // Small terms have sums of their own: a tensor core cuts off what it adds.
 template <int products>
-__device__ __forceinline__ void multiply(float (&sum)[4], float (&small)[4], const Operand<4>& a, const Operand<2>& b) {
+__device__ __forceinline__ void multiply(float (&sum)[4], float (&small)[4], const First<products>& a,
+                                         const Second<products>& b) {
   mma_tf32(sum, a.high, b.high);
   if (products > 1) mma_tf32(small, a.low, b.high);
   if (products > 2) mma_tf32(small, a.high, b.low);
@@ -80,13 +94,13 @@ __device__ __forceinline__ void form_product(Pairs<M>& value, const float4* chan
   const float* token = tokens + lane % 4 * kQuantityStride + lane / 4;
 #pragma unroll 1
   for (int k = 0; k < steps; ++k, channels += row_tiles * 32, token += 8 * kQuantityStride) {
-    Operand<4> a[M];
+    First<products> a[M];
     for (int m = 0; m < M; ++m) {
       const float4 four = channels[m * 32];
       a[m].set(0, four.x), a[m].set(1, four.y), a[m].set(2, four.z), a[m].set(3, four.w);
     }
     for (int n = 0; n < kTokenTiles; ++n) {
-      Operand<2> b;
+      Second<products> b;
       b.set(0, token[tile_offset(n, tile_floats)]);
       b.set(1, token[tile_offset(n, tile_floats) + 4 * kQuantityStride]);
       for (int m = 0; m < M; ++m) multiply<products>(value[m][n], small[m][n], a[m], b);
@@ -105,7 +119,7 @@ __device__ __forceinline__ void add_products(float (&acc)[K][M][4], const Pairs<
                                              int tile_floats, int steps) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const float* token = tokens + lane / 4 * kQuantityStride + lane % 4 * 2;
-  Operand<4> a[M][kTokenTiles];
+  First<products> a[M][kTokenTiles];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < kTokenTiles; ++n) {
       a[m][n].set(0, weights[m][n][0]), a[m][n].set(1, weights[m][n][2]);
@@ -118,7 +132,7 @@ __device__ __forceinline__ void add_products(float (&acc)[K][M][4], const Pairs<
     for (int n = 0; n < kTokenTiles; ++n) {
       const float2 two =
           *reinterpret_cast<const float2*>(token + 8 * k * kQuantityStride + tile_offset(n, tile_floats));
-      Operand<2> b;
+      Second<products> b;
       b.set(0, two.x), b.set(1, two.y);
       for (int m = 0; m < M; ++m) multiply<products>(sum[m], small[m], a[m][n], b);
     }
@@ -163,12 +177,13 @@ struct LaneForm {
   }
 
   __device__ void outer(PerRow<M>& sum, const Grid& grid, int first_row, const OuterIndex& index) const {
-    for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) {
-        sum[m][h] = 0.0f;
-        each_outer_entry(grid, index,
-                         [&](int entry) { sum[m][h] += (*this)(grid, first_row, grid.channels + entry, m, h); });
-      }
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = 0.0f;
+    each_outer_entry(grid, index, [&](int entry) {
+      const float* of_entry = entries + int64_t{grid.channels + entry} * grid.rows;
+      for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h)
+          sum[m][h] += of_entry[min(first_row + 16 * m + 8 * h, grid.rows - 1)] * factor[m][h];
+    });
   }
 
   // The table of a strip's columns to the lane's place in shared memory; `beyond` past its end.
@@ -231,10 +246,9 @@ struct WarpRows {
   // The outer marginals of the lane's own row, one of those that the four lanes of a quarter have together.
   __device__ bool has_own_row() const { return lane() % 4 < 2 * M; }
   __device__ float own(const PerRow<M>& values) const {
-    float value = values[0][0];
-    for (int i = 1; i < 2 * M; ++i)
-      if (lane() % 4 == i) value = values[i / 2][i % 2];
-    return value;
+    const bool lower = lane() % 2 != 0, second_tile = lane() % 4 / 2 == M - 1;
+    const float first = lower ? values[0][1] : values[0][0], last = lower ? values[M - 1][1] : values[M - 1][0];
+    return second_tile ? last : first;
   }
   __device__ float* outer_sum(int entry) const {
     return memory.share.outer_sum(task, entry) + first_row + lane() % 4 * 8;
@@ -269,7 +283,7 @@ struct WarpRows {
         for (int e = 0; e < 4; ++e) marginal[m][half][e] = 0.0f;
   }
 
-  // r (channels . x + table + outer) - constant.
+  // r (channels . x + (table + outer)) - constant.
   __device__ __forceinline__ void linear_form(Pairs<M>& value, const FormMemory<K, backward>& form, const float* tokens,
                                               const PerRow<M> (&outer)[kPositions], const PerRow<M>& constant) const {
     form_product<M, products>(value, form.channels[0][warp() * M] + lane(), Own::row_tiles, tokens, Own::tile_floats,
@@ -279,8 +293,10 @@ struct WarpRows {
       for (int m = 0; m < M; ++m) {
         const float4 column = form.columns[m][n % kHalves][threadIdx.x];
         const float table[4] = {column.x, column.y, column.z, column.w};
-        for (int e = 0; e < 4; ++e)
-          value[m][n][e] += fmaf(e % 2 ? r.y : r.x, table[e] + outer[n / kHalves][m][e / 2], -constant[m][e / 2]);
+        for (int e = 0; e < 4; ++e) {
+          const float sum = value[m][n][e] + (table[e] + outer[n / kHalves][m][e / 2]);
+          value[m][n][e] = fmaf(e % 2 ? r.y : r.x, sum, -constant[m][e / 2]);
+        }
       }
     }
   }
@@ -327,10 +343,10 @@ struct WarpRows {
       const float2 r = factors(tokens, n);
       for (int m = 0; m < M; ++m)
         for (int e = 0; e < 4; ++e) {
-          const float weight = p[m][n][e], factor = e % 2 ? r.y : r.x;
-          if (!backward) total[m][e / 2] += weight;
-          marginal[m][n % kHalves][e] = __fmaf_rn(weight, factor, marginal[m][n % kHalves][e]);
-          outer_weight[n / kHalves][m][e / 2] = __fmaf_rn(weight, factor, outer_weight[n / kHalves][m][e / 2]);
+          if (!backward) total[m][e / 2] += p[m][n][e];
+          p[m][n][e] *= e % 2 ? r.y : r.x;
+          marginal[m][n % kHalves][e] += p[m][n][e];
+          outer_weight[n / kHalves][m][e / 2] += p[m][n][e];
         }
     }
     add_outer(outer_weight[0], index);
@@ -551,7 +567,8 @@ auto kernel_of() {
 template <bool backward>
 Status run_products(const SeparableCall& call, const RowsTask& task, int products, Stream stream) {
   const Grid& grid = task.grid;
-  const Status packed = pack(call, grid, const_cast<float*>(task.tiles), const_cast<float*>(task.extents), stream);
+  const Status packed =
+      pack(call, grid, const_cast<float*>(task.tiles), const_cast<float*>(task.extents), stream, false);
   if (packed.code != 0) return packed;
   return with_capacity(grid.channels, [&](auto K) {
     constexpr int k = K.value;

@@ -70,18 +70,17 @@ def _empty(form: Tensor, x: Tensor) -> bool:
     return form.shape[2] == 0 or x.numel() == 0
 
 
-def tensor_core_products(form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float) -> int:
+def tensor_core_products(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> int:
     """How many TensorFloat-32 products make one of float32 in the kernels of rows; 0: they use no tensor cores.
 
-    Few channels, on planes, and many have kernels of their own. Three products keep float32's digits; two do where the
-    data have few and no r multiplies them. Where torch allows it, it is one.
+    Few channels, on planes, and many have kernels of their own. Three products keep float32's digits, two where the data
+    have no more than TensorFloat-32; where torch allows it, it is one.
     """
     channels = x.shape[-1]
     if dropout_p > 0 or form.dtype != torch.float32:
         return 0
     if channels >= MANY_CHANNELS:
-        exact = r is None and x.dtype != torch.float32
-        return 1 if tf32_allowed() else 2 if exact else 3
+        return 1 if tf32_allowed() else 3 if x.dtype == torch.float32 else 2
     few = x.dim() == 4 and channels <= TENSOR_CORES_MAX_CHANNELS and mask is None
     return int(few and tf32_allowed())
 
@@ -93,7 +92,7 @@ def _call(
     return (
         describe_all((form, x, r, mask)),
         (dropout_p, seed, 0),
-        tensor_core_products(form, x, r, mask, dropout_p),
+        tensor_core_products(form, x, mask, dropout_p),
         runtime.multiprocessors(x.device),
     )
 
