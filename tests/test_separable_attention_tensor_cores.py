@@ -29,7 +29,7 @@ from perceiver_kernels.benchmarking.gpu_roofline import tf32_allowed
 needs_kernels = pytest.mark.skipif(runtime.unavailable() is not None, reason="the CUDA module cannot be used here")
 
 EPS = 2.0**-11
-RMS = 2.0 * EPS
+RMS, RMS_OF_MANY_CHANNELS = 2.0 * EPS, 3.0 * EPS
 UNDERFLOW = 1e-35
 
 
@@ -128,7 +128,8 @@ def check(plane: Plane, call: Call) -> None:
     of_weights = EPS * (2 * amplitude + 5)
     scale = reference._sums(p * factor, x)
     assert ((sums - truth[0]).abs() <= of_weights * scale + UNDERFLOW).all()
-    assert root_mean_square(sums - truth[0]) <= RMS * root_mean_square(truth[0])
+    rms = RMS if plane.channels <= launchers.TENSOR_CORES_MAX_CHANNELS else RMS_OF_MANY_CHANNELS
+    assert root_mean_square(sums - truth[0]) <= rms * root_mean_square(truth[0])
 
     d_form_truth = exact._backward(reference.separable_attention_bwd, truth)
     u = factor * reference._over_tokens(exact.d_sums.abs(), x)
@@ -137,7 +138,7 @@ def check(plane: Plane, call: Call) -> None:
     if plane.query_batch == 1:
         scale = scale.sum(0, keepdim=True)
     assert ((d_form - d_form_truth).abs() <= 2 * of_weights * scale + UNDERFLOW).all()
-    assert root_mean_square(d_form - d_form_truth) <= 2 * RMS * root_mean_square(d_form_truth)
+    assert root_mean_square(d_form - d_form_truth) <= 2 * rms * root_mean_square(d_form_truth)
 
 
 @needs_kernels

@@ -321,12 +321,13 @@ struct WarpRows {
     }
 
     Pairs<M> p;
-    PerRow<M> constant;
-    for (int m = 0; m < M; ++m)
-      for (int h = 0; h < 2; ++h) constant[m][h] = reference[m][h] == -kInfinity ? 0.0f : reference[m][h];
-    linear_form(p, memory.forms[0], tokens, outer, constant);
-    leave_out_masked(p, tokens);
-    if (!backward) follow_largest(p, strip, position);
+    do {
+      PerRow<M> constant;
+      for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h) constant[m][h] = reference[m][h] == -kInfinity ? 0.0f : reference[m][h];
+      linear_form(p, memory.forms[0], tokens, outer, constant);
+      leave_out_masked(p, tokens);
+    } while (!backward && reference_rises(p, strip, position));
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < kTokenTiles; ++n)
         for (float& value : p[m][n]) value = exp2_approx(value);
@@ -375,9 +376,9 @@ struct WarpRows {
           for (int m = 0; m < M; ++m) value[m][n][e] = -kInfinity;
   }
 
-  // Where a score lies far above its row's reference, or the row has none yet, the largest becomes the reference: what
-  // the row has summed up is scaled down to it.
-  __device__ __forceinline__ void follow_largest(Pairs<M>& score, int strip, int position) {
+  // Whether some scores lie far above their rows' references, or rows have none yet: then the largest become the
+  // references, and what the rows have summed up is scaled down to them.
+  __device__ __forceinline__ bool reference_rises(const Pairs<M>& score, int strip, int position) {
     PerRow<M> largest;
     bool rises = false;
     for (int m = 0; m < M; ++m)
@@ -387,16 +388,16 @@ struct WarpRows {
           largest[m][h] = fmaxf(largest[m][h], fmaxf(score[m][n][2 * h], score[m][n][2 * h + 1]));
         rises = rises || largest[m][h] > margin(reference[m][h]);
       }
-    if (!__any_sync(0xFFFFFFFF, rises)) return;
+    if (!__any_sync(0xFFFFFFFF, rises)) return false;
     PerRow<M> factor;
     for (int m = 0; m < M; ++m)
       for (int h = 0; h < 2; ++h) {
         float& own_reference = reference[m][h];
-        const float most = quad_max(largest[m][h]), shift = most > margin(own_reference) ? most : 0.0f;
-        factor[m][h] = own_reference == -kInfinity ? 0.0f : exp2_approx(-shift);
-        if (most > margin(own_reference)) own_reference = own_reference == -kInfinity ? most : own_reference + most;
+        const bool none = own_reference == -kInfinity;
+        const float most = quad_max(largest[m][h]), rise = most > margin(own_reference) ? most : 0.0f;
+        factor[m][h] = none ? 0.0f : exp2_approx(-rise);
+        if (most > margin(own_reference)) own_reference = none ? most : own_reference + most;
         total[m][h] *= factor[m][h];
-        for (int n = 0; n < kTokenTiles; ++n) score[m][n][2 * h] -= shift, score[m][n][2 * h + 1] -= shift;
       }
     for (int m = 0; m < M; ++m)
       for (int e = 0; e < 4; ++e) {
@@ -404,12 +405,13 @@ struct WarpRows {
         for (int half = 0; half < kHalves; ++half) marginal[m][half][e] *= factor[m][e / 2];
       }
     const Share& share = memory.share;
-    if (strip == share.first_strip && position == share.first) return;
+    if (strip == share.first_strip && position == share.first) return true;
     const float own_factor = own(factor);
     each_outer_sum([&](float& sum) { sum *= own_factor; });
 #pragma unroll 1
     for (int earlier = share.first_strip; earlier < strip; ++earlier)
       each_column_sum(earlier, [&](float& sum, int m, int, int e) { sum *= factor[m][e / 2]; });
+    return true;
   }
   __device__ static float margin(float reference) { return reference == -kInfinity ? -kInfinity : kLazyMargin; }
 
