@@ -146,3 +146,27 @@ def test_which_products() -> None:
         assert launchers.tensor_core_products(form, x[..., :4], None, 0.0) == 0
     with tf32_allowed(True):
         assert launchers.tensor_core_products(form, x.bfloat16(), mask, 0.0) == 1
+
+
+# Instructions per pair without those of channels, and of a step of eight channels for a lane's pairs, with 12 or 24
+# products. By hand forward takes 11: three for tables and r, three where sums are joined, EX2, the largest, the total, r,
+# two marginals; and splitting a weight three.
+@pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("products", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [16, 32, 64, 128])
+@pytest.mark.parametrize(("kernel", "per_pair"), [("fwd", 21.5), ("bwd_rows", 25.0)])
+def test_machine_code(kernel: str, per_pair: float, capacity: int, products: int, arch: str) -> None:
+    steps, forms = capacity // 8, 1 if kernel == "fwd" else 2
+    name, arguments = f"separable_attention_{kernel}_many_channels_kernel", f"ILi{steps}ELi{products}E"
+    found = machine_code.built(name, arch, arguments)
+    assert found.spills == 0
+    assert found.registers <= 255  # two blocks on a multiprocessor
+    instructions, pairs = found.shortest
+    assert pairs == (32 if capacity < (128 if kernel == "fwd" else 64) else 16)
+    assert instructions / pairs <= per_pair
+    of_step = products * pairs // 4
+    assert found.tensor_core == of_step * (steps + forms)
+    loops = machine_code.built_loops(name, arch, arguments)
+    of_forms = [loop for loop in loops if machine_code.count(loop, "HMMA") == of_step]
+    assert len(of_forms) == forms and all(len(loop) <= 5.4 * pairs // 2 for loop in of_forms)

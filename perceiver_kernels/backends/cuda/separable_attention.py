@@ -73,8 +73,8 @@ def _empty(form: Tensor, x: Tensor) -> bool:
 def tensor_core_products(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> int:
     """How many TensorFloat-32 products make one of float32 in the kernels of rows; 0: they use no tensor cores.
 
-    Few channels, on planes, and many have kernels of their own. Three products keep float32's digits, two where the data
-    have no more than TensorFloat-32; where torch allows it, it is one.
+    Few channels, on planes, and many have kernels of their own. Three products keep float32's digits, two where the
+    data have no more than TensorFloat-32; where torch allows it, it is one.
     """
     channels = x.shape[-1]
     if dropout_p > 0 or form.dtype != torch.float32:
