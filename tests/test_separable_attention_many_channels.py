@@ -148,9 +148,7 @@ def test_which_products() -> None:
         assert launchers.tensor_core_products(form, x.bfloat16(), mask, 0.0) == 1
 
 
-# Instructions per pair without those of channels, and of a step of eight channels for a lane's pairs, with 12 or 24
-# products. By hand forward takes 11: three for tables and r, three where sums are joined, EX2, the largest, the total, r,
-# two marginals; and splitting a weight three.
+# Instructions per pair without those of channels; a step of eight channels of a lane's pairs has 12 or 24 products.
 @pytest.mark.skipif(machine_code.cuda_module() is None, reason="the CUDA module is not built")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 @pytest.mark.parametrize("products", [1, 2, 3])
