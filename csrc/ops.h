@@ -221,6 +221,16 @@ Status separable_attention_bwd_rows_tensor_cores(const SeparableCall&, int multi
                                                  const TensorView& d_sums, const TensorView& statistics,
                                                  const TensorView& d_form, Stream);
 
+// The same for 5 to 128 channels and no dropout. `products` of TensorFloat-32 numbers make one of float32: 3, or 2
+// where x has no more digits than these, or 1 where their own accuracy is enough.
+int64_t separable_attention_many_channels_workspace(const SeparableCall&, int multiprocessors);
+Status separable_attention_fwd_many_channels(const SeparableCall&, int products, int multiprocessors,
+                                             const TensorView& workspace, const TensorView& sums, const TensorView& lse,
+                                             const TensorView& total, Stream);
+Status separable_attention_bwd_rows_many_channels(const SeparableCall&, int products, int multiprocessors,
+                                                  const TensorView& workspace, const TensorView& d_sums,
+                                                  const TensorView& statistics, const TensorView& d_form, Stream);
+
 }  // namespace cuda
 
 // --- on a CPU ---

@@ -28,6 +28,9 @@ pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple
   return {view(tensors[0]), view(tensors[1]), view(tensors[2]), view(tensors[3]), pk::dropout_of(dropout)};
 }
 
+// Whether by tensor cores it is the kernels for few channels that run.
+bool few_channels(const pk::cuda::SeparableCall& call) { return call.x.size(-1) <= 4; }
+
 // (form, v, bias, x, r) and (d_out, reference, delta).
 pk::SeparableQueryInputs query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
                                       const py::tuple& dropout) {
@@ -135,20 +138,26 @@ PYBIND11_MODULE(_cuda, module) {
   });
 
   module.def("separable_attention_workspace",
-             [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores, int multiprocessors) {
-               const auto workspace = tensor_cores ? pk::cuda::separable_attention_tensor_cores_workspace
-                                                   : pk::cuda::separable_attention_workspace;
-               return workspace(separable_call(tensors, dropout), multiprocessors);
+             [](const py::tuple& tensors, const py::tuple& dropout, int products, int multiprocessors) {
+               const auto call = separable_call(tensors, dropout);
+               if (products == 0) return pk::cuda::separable_attention_workspace(call, multiprocessors);
+               if (few_channels(call))
+                 return pk::cuda::separable_attention_tensor_cores_workspace(call, multiprocessors);
+               return pk::cuda::separable_attention_many_channels_workspace(call, multiprocessors);
              });
-  module.def("separable_attention_fwd", [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores,
+  module.def("separable_attention_fwd", [](const py::tuple& tensors, const py::tuple& dropout, int products,
                                            int multiprocessors, const py::handle& workspace, const py::handle& sums,
-                                           const py::handle& lse, const py::handle& total, uintptr_t stream) {
+                                           const py::handle& lse, const py::handle& total, uintptr_t stream_address) {
+    using namespace pk::cuda;
     const auto call = separable_call(tensors, dropout);
     const auto memory = view(workspace), of_sums = view(sums), of_lse = view(lse), of_total = view(total);
+    const auto stream = stream_at(stream_address);
     run([&] {
-      const auto fwd =
-          tensor_cores ? pk::cuda::separable_attention_fwd_tensor_cores : pk::cuda::separable_attention_fwd;
-      return fwd(call, multiprocessors, memory, of_sums, of_lse, of_total, stream_at(stream));
+      if (products > 0 && !few_channels(call))
+        return separable_attention_fwd_many_channels(call, products, multiprocessors, memory, of_sums, of_lse, of_total,
+                                                     stream);
+      const auto fwd = products > 0 ? separable_attention_fwd_tensor_cores : separable_attention_fwd;
+      return fwd(call, multiprocessors, memory, of_sums, of_lse, of_total, stream);
     });
   });
   module.def("separable_attention_bwd_prepare",
@@ -163,19 +172,23 @@ PYBIND11_MODULE(_cuda, module) {
                                                                   of_d_total, dropout, out, stream_at(stream));
                });
              });
-  module.def("separable_attention_bwd_rows",
-             [](const py::tuple& tensors, const py::tuple& dropout, bool tensor_cores, int multiprocessors,
-                const py::handle& workspace, const py::handle& d_sums, const py::handle& statistics,
-                const py::handle& d_form, uintptr_t stream) {
-               const auto call = separable_call(tensors, dropout);
-               const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
-               const auto out = view(d_form);
-               run([&] {
-                 const auto bwd = tensor_cores ? pk::cuda::separable_attention_bwd_rows_tensor_cores
-                                               : pk::cuda::separable_attention_bwd_rows;
-                 return bwd(call, multiprocessors, memory, upstream, of_rows, out, stream_at(stream));
-               });
-             });
+  module.def("separable_attention_bwd_rows", [](const py::tuple& tensors, const py::tuple& dropout, int products,
+                                                int multiprocessors, const py::handle& workspace,
+                                                const py::handle& d_sums, const py::handle& statistics,
+                                                const py::handle& d_form, uintptr_t stream_address) {
+    using namespace pk::cuda;
+    const auto call = separable_call(tensors, dropout);
+    const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+    const auto out = view(d_form);
+    const auto stream = stream_at(stream_address);
+    run([&] {
+      if (products > 0 && !few_channels(call))
+        return separable_attention_bwd_rows_many_channels(call, products, multiprocessors, memory, upstream, of_rows,
+                                                          out, stream);
+      const auto bwd = products > 0 ? separable_attention_bwd_rows_tensor_cores : separable_attention_bwd_rows;
+      return bwd(call, multiprocessors, memory, upstream, of_rows, out, stream);
+    });
+  });
   module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
                                                             bool needs_x, bool needs_r) {
     return pk::cuda::separable_attention_bwd_tokens_workspace(separable_call(tensors, dropout), needs_x, needs_r);

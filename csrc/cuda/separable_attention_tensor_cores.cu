@@ -1,8 +1,7 @@
 // Separable attention on planes of up to three channels by TensorFloat-32 products, a mode of its own: forward and the
 // gradients of its rows (docs/cuda.md). Of a linear form r (a . x + t_1 + t_2) the column table t_2 is a multiply-add;
 // a and t_1 are one product with the tokens' features [r x, r], and sums of [r x, r] times weights are another.
-#include "primitives.h"
-#include "separable_merge.h"
+#include "separable_products.h"
 
 namespace pk {
 namespace cuda {
@@ -23,40 +22,6 @@ constexpr int kTokenFloats = (kExactFactor + 1) * kFeatureStride;
 // A tensor core cuts off the low 13 bits of a weight: on average, over mantissas as they are of products, 0.7213 / 2048
 // of it. By so much weights are larger here until they are summed; in powers of two:
 constexpr float kMore = 1.0f + 0.7213f / 2048, kMoreLog2 = 5.0802e-4f;
-
-// --- a block's share of the work ---
-
-struct Share {
-  int batch, group, part, slot, first_row, first_strip, last_strip, first, last;  // strips of kColumns; outer positions
-
-  __device__ explicit Share(const RowsTask& task) {
-    const Split& split = task.split;
-    const int row_blocks = (task.grid.rows + kRows - 1) / kRows, unit = static_cast<int>(blockIdx.x) / row_blocks;
-    first_row = (static_cast<int>(blockIdx.x) - unit * row_blocks) * kRows;
-    batch = unit / split.slots();
-    slot = unit - batch * split.slots();
-    group = slot / split.parts, part = slot - group * split.parts;
-    first_strip = group * split.group_size, last_strip = min(first_strip + split.group_size, task.grid.strips);
-    first = part * split.part_size, last = min(first + split.part_size, task.grid.outer);
-  }
-
-  __device__ const float* tile(const RowsTask& task, int strip, int position) const {
-    const Grid& grid = task.grid;
-    return task.tiles + (batch * grid.tile_rows() + int64_t{strip} * grid.outer + position) * grid.tile_floats();
-  }
-  __device__ float* state(const RowsTask& task, int quantity) const {
-    const int64_t slot_of_all = int64_t{batch} * task.split.slots() + slot;
-    return task.states + (slot_of_all * (task.grid.channels + 3) + quantity) * task.grid.padded_rows;
-  }
-  __device__ float* outer_sum(const RowsTask& task, int position) const {
-    const int64_t slot_of_outer = int64_t{batch} * task.split.groups + group;
-    return task.outer_sums + (slot_of_outer * task.grid.outer + position) * task.grid.padded_rows;
-  }
-  __device__ float* column_sum(const RowsTask& task, int column) const {
-    const int64_t part_of_all = int64_t{batch} * task.split.parts + part;
-    return task.column_sums + (part_of_all * task.grid.columns + column) * task.grid.padded_rows;
-  }
-};
 
 // A linear form of the block's rows in shared memory. An operand is of the rows' coefficients of a feature, as a
 // product takes them: those of the channels and, of r, the row table at kChunk outer positions.
@@ -351,7 +316,7 @@ __device__ __forceinline__ void sum_products(const RowsTask& task) {
   const Share& share = memory.share;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    memory.share = Share(task);
+    memory.share = Share(task, kRows);
     memory.form.entries = task.form + share.batch * grid.form_batch;
     if (backward) memory.upstream.entries = task.upstream + int64_t{share.batch} * grid.entries() * grid.rows;
   }
@@ -434,32 +399,7 @@ __global__ void __launch_bounds__(kThreads, 3) separable_attention_bwd_rows_tens
 
 // --- launching ---
 
-// The division with the least predicted time, in outer positions of a block's strip one after the other on the
-// multiprocessor with the most blocks, and as many as it could take while partial sums go to the L2 cache and back.
-Split split_for_products(const Grid& grid, int multiprocessors) {
-  constexpr double per_block = 4.0, per_strip = 2.0, partials_per_position = 1000.0, filling = 2.0;
-  constexpr int most_blocks = 8;  // that a multiprocessor may be given beyond one round
-  Split best{}, split{};
-  split.warps = kWarps, split.chunk = kChunk;
-  const int64_t blocks = grid.batch * ceil_div(grid.rows, kRows);
-  double least = std::numeric_limits<double>::infinity();
-  for (int strips = static_cast<int>(ceil_div(grid.strips, kStripTiles)); strips > 0; --strips) {
-    split.group_size = strips * kStripTiles;
-    split.groups = static_cast<int>(ceil_div(grid.strips, split.group_size));
-    for (int wanted = 1; wanted <= most_blocks; ++wanted) {
-      const int64_t parts = std::min<int64_t>(wanted * multiprocessors / (blocks * split.groups), grid.outer);
-      split.part_size = static_cast<int>(ceil_div(grid.outer, std::max<int64_t>(parts, 1)));
-      split.parts = static_cast<int>(ceil_div(grid.outer, split.part_size));
-      if (split.slots() > kMostSlots) continue;
-      const double rounds = static_cast<double>(ceil_div(blocks * split.slots(), multiprocessors)) + filling;
-      const double partials = static_cast<double>(PartialSizes(grid, split).sum()) / multiprocessors;
-      const double time =
-          rounds * (per_block + strips * (per_strip + split.part_size)) + partials / partials_per_position;
-      if (time < least) least = time, best = split;
-    }
-  }
-  return best;
-}
+constexpr Division kDivision = {kRows, kStripTiles, 1000.0};
 
 Status run_products(void (*kernel)(RowsTask), size_t shared, const SeparableCall& call, const RowsTask& task,
                     Stream stream) {
@@ -473,7 +413,7 @@ Status run_products(void (*kernel)(RowsTask), size_t shared, const SeparableCall
 
 int64_t separable_attention_tensor_cores_workspace(const SeparableCall& call, int multiprocessors) {
   const Grid grid = grid_of(call);
-  const Workspace sizes(grid, split_for_products(grid, multiprocessors));
+  const Workspace sizes(grid, split_for_products(grid, multiprocessors, kDivision));
   return sizes.tiles + sizes.extents + sizes.partials;
 }
 
@@ -481,7 +421,7 @@ Status separable_attention_fwd_tensor_cores(const SeparableCall& call, int multi
                                             const TensorView& sums, const TensorView& lse, const TensorView& total,
                                             Stream stream) {
   const Grid grid = grid_of(call);
-  const RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors), workspace);
+  const RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors, kDivision), workspace);
   const Status status =
       run_products(separable_attention_fwd_tensor_cores_kernel, sizeof(ForwardMemory), call, task, stream);
   if (status.code != 0) return status;
@@ -493,7 +433,7 @@ Status separable_attention_bwd_rows_tensor_cores(const SeparableCall& call, int 
                                                  const TensorView& statistics, const TensorView& d_form,
                                                  Stream stream) {
   const Grid grid = grid_of(call);
-  RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors), workspace);
+  RowsTask task = task_of(call, grid, split_for_products(grid, multiprocessors, kDivision), workspace);
   task.upstream = d_sums.as<const float>();
   task.statistics = statistics.as<const float>();
   const Status status =

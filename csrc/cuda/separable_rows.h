@@ -111,10 +111,11 @@ constexpr int kPackThreads = 128, kPackAtOnce = kPackThreads / kColumns, kPackOw
 
 // Tile rows of r x_1, ..., r x_c, r and which tokens are there, strip after strip, the outer positions within a strip;
 // and extents [B, extent blocks, 2, c + 1], the smallest and the largest of each quantity. A masked token is all zeros;
-// one beyond the last column has r = 1, which multiplies table entries of -inf.
+// one beyond the last column has r = 1, which multiplies table entries of -inf. Not `weighted`: x in place of r x.
 template <class T>
 __global__ void __launch_bounds__(kPackThreads)
-    separable_pack_kernel(Grid grid, TokenView x, TokenView r, TokenView mask, float* tiles, float* extents) {
+    separable_pack_kernel(Grid grid, TokenView x, TokenView r, TokenView mask, bool weighted, float* tiles,
+                          float* extents) {
   constexpr int warps = kPackThreads / 32;
   float* found = shared_memory<float>();  // [warps, 2, c + 1]
   const int64_t entry = blockIdx.x / grid.extent_blocks(), block = blockIdx.x % grid.extent_blocks();
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kPackThreads)
     float low = kInfinity, high = -kInfinity;
     for (int i = 0; i < kPackOwn; ++i) {
       float value = factor[i];
-      if (c < grid.channels) value = keep[i] ? to_float(source[i][c * x.channel]) * factor[i] : 0.0f;
+      if (c < grid.channels)
+        value = keep[i] ? to_float(source[i][c * x.channel]) * (weighted ? factor[i] : 1.0f) : 0.0f;
       if (target[i]) target[i][c * kColumns] = value;
       if (keep[i]) low = fminf(low, value), high = fmaxf(high, value);
     }
@@ -167,13 +169,14 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 }
 
-inline Status pack(const SeparableCall& call, const Grid& grid, float* tiles, float* extents, Stream stream) {
+inline Status pack(const SeparableCall& call, const Grid& grid, float* tiles, float* extents, Stream stream,
+                   bool weighted = true) {
   const TokenView x = token_view(grid, call.x), r = token_view(grid, call.r), mask = token_view(grid, call.mask);
   const size_t shared = sizeof(float) * kPackThreads / 32 * 2 * (grid.channels + 1);
   return with_data(call.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return launch(separable_pack_kernel<T>, grid.batch * grid.extent_blocks(), kPackThreads, shared, stream, grid, x, r,
-                  mask, tiles, extents);
+                  mask, weighted, tiles, extents);
   });
 }
 

@@ -16,6 +16,7 @@ State = tuple[Tensor, Tensor, Tensor]
 
 ROWS_OF_STATISTICS = 64  # their number is padded to a multiple of this
 TENSOR_CORES_MAX_CHANNELS = 3
+MANY_CHANNELS = 5
 
 
 def separable_attention_fwd(
@@ -69,20 +70,29 @@ def _empty(form: Tensor, x: Tensor) -> bool:
     return form.shape[2] == 0 or x.numel() == 0
 
 
-def by_tensor_cores(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
-    """Whether rows run on products of TensorFloat-32: kernels for few channels on a plane, where torch allows it."""
-    fits = x.dim() == 4 and x.shape[3] <= TENSOR_CORES_MAX_CHANNELS and mask is None and dropout_p == 0
-    return fits and form.dtype == torch.float32 and tf32_allowed()
+def tensor_core_products(form: Tensor, x: Tensor, mask: Tensor | None, dropout_p: float) -> int:
+    """How many TensorFloat-32 products make one of float32 in the kernels of rows; 0: they use no tensor cores.
+
+    Few channels, on planes, and many have kernels of their own. Three products keep float32's digits, two where the
+    data have no more than TensorFloat-32; where torch allows it, it is one.
+    """
+    channels = x.shape[-1]
+    if dropout_p > 0 or form.dtype != torch.float32:
+        return 0
+    if channels >= MANY_CHANNELS:
+        return 1 if tf32_allowed() else 3 if x.dtype == torch.float32 else 2
+    few = x.dim() == 4 and channels <= TENSOR_CORES_MAX_CHANNELS and mask is None
+    return int(few and tf32_allowed())
 
 
 def _call(
     form: Tensor, x: Tensor, r: Tensor | None, mask: Tensor | None, dropout_p: float, seed: int
 ) -> tuple[Any, ...]:
-    """What both kernels of rows take first: tensors, dropout, by tensor cores or not, the GPU's multiprocessors."""
+    """What both kernels of rows take first: tensors, dropout, products by tensor cores, the GPU's multiprocessors."""
     return (
         describe_all((form, x, r, mask)),
         (dropout_p, seed, 0),
-        by_tensor_cores(form, x, mask, dropout_p),
+        tensor_core_products(form, x, mask, dropout_p),
         multiprocessors(x.device),
     )
 
