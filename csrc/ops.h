@@ -166,7 +166,8 @@ Status separable_query_attention_fwd(const SeparableQueryInputs&, const TensorVi
 // reference and delta [B, H, M], of lse and of out and d_out [B, M, H, Dv].
 Status separable_query_attention_bwd_rows(const TensorView& out, const TensorView& d_out, const TensorView& lse,
                                           const TensorView& reference, const TensorView& delta, Stream);
-// d_x [groups, M, c], zeros to begin with, and d_r [groups, M], or undefined: B / groups entries of the batch share them.
+// d_x [groups, M, c], zeros to begin with, and d_r [groups, M], or undefined: B / groups entries of the batch share
+// them.
 Status separable_query_attention_bwd_queries(const SeparableQueryInputs&, const SeparableQuerySaved&,
                                              const TensorView& d_x, const TensorView& d_r, Stream);
 Status separable_query_attention_bwd_keys(const SeparableQueryInputs&, const SeparableQuerySaved&,
@@ -176,7 +177,8 @@ Status separable_query_attention_bwd_values(const SeparableQueryInputs&, const S
                                             const TensorView& d_v, Stream);
 
 // Separable attention where a and the tables are one array, the form [B|1, c + S_1 + ... + S_A, R]. It and all arrays
-// below are contiguous unless strides are spoken of; x, r, mask and dropout are as in SeparableInputs, float64 excluded.
+// below are contiguous unless strides are spoken of; x, r, mask and dropout are as in SeparableInputs, float64
+// excluded.
 struct SeparableCall {
   TensorView form, x, r, mask;
   Dropout dropout;
@@ -187,8 +189,8 @@ int64_t separable_attention_workspace(const SeparableCall&, int multiprocessors)
 // sums [B, c + S_1 + ... + S_A, R], lse [B, R] in float64, total [B, R].
 Status separable_attention_fwd(const SeparableCall&, int multiprocessors, const TensorView& workspace,
                                const TensorView& sums, const TensorView& lse, const TensorView& total, Stream);
-// statistics [B, 4, padded R], what backward's kernels need of a row besides forms; d_lse (float64) and d_total have any
-// strides.
+// statistics [B, 4, padded R], what backward's kernels need of a row besides forms; d_lse (float64) and d_total have
+// any strides.
 Status separable_attention_bwd_prepare(const TensorView& sums, const TensorView& lse, const TensorView& total,
                                        const TensorView& d_sums, const TensorView& d_lse, const TensorView& d_total,
                                        bool dropout, const TensorView& statistics, Stream);
@@ -205,8 +207,8 @@ Status separable_attention_bwd_tokens(const SeparableCall&, const TensorView& wo
 // How many floats it works in, perhaps none.
 int64_t separable_attention_bwd_tokens_workspace(const SeparableCall&, bool needs_x, bool needs_r);
 
-// Forward and the gradients of the rows by TensorFloat-32 products, for two axes, up to three channels, no mask and no dropout; the
-// statistics are those of separable_attention_bwd_prepare.
+// Forward and the gradients of the rows by TensorFloat-32 products, for two axes, up to three channels, no mask and no
+// dropout; the statistics are those of separable_attention_bwd_prepare.
 int64_t separable_attention_tensor_cores_workspace(const SeparableCall&, int multiprocessors);
 Status separable_attention_fwd_tensor_cores(const SeparableCall&, int multiprocessors, const TensorView& workspace,
                                             const TensorView& sums, const TensorView& lse, const TensorView& total,
@@ -215,8 +217,8 @@ Status separable_attention_bwd_rows_tensor_cores(const SeparableCall&, int multi
                                                  const TensorView& d_sums, const TensorView& statistics,
                                                  const TensorView& d_form, Stream);
 
-// The same for 5 to 128 channels and no dropout. `products` of TensorFloat-32 numbers make one of float32: 3, or 2 where
-// x has no more digits than these, or 1 where their own accuracy is enough.
+// The same for 5 to 128 channels and no dropout. `products` of TensorFloat-32 numbers make one of float32: 3, or 2
+// where x has no more digits than these, or 1 where their own accuracy is enough.
 int64_t separable_attention_many_channels_workspace(const SeparableCall&, int multiprocessors);
 Status separable_attention_fwd_many_channels(const SeparableCall&, int products, int multiprocessors,
                                              const TensorView& workspace, const TensorView& sums, const TensorView& lse,

@@ -136,7 +136,8 @@ PYBIND11_MODULE(_cuda, module) {
              [](const py::tuple& tensors, const py::tuple& dropout, int products, int multiprocessors) {
                const auto call = separable_call(tensors, dropout);
                if (products == 0) return pk::cuda::separable_attention_workspace(call, multiprocessors);
-               if (few_channels(call)) return pk::cuda::separable_attention_tensor_cores_workspace(call, multiprocessors);
+               if (few_channels(call))
+                 return pk::cuda::separable_attention_tensor_cores_workspace(call, multiprocessors);
                return pk::cuda::separable_attention_many_channels_workspace(call, multiprocessors);
              });
   module.def("separable_attention_fwd", [](const py::tuple& tensors, const py::tuple& dropout, int products,
@@ -166,24 +167,23 @@ PYBIND11_MODULE(_cuda, module) {
                                                                   of_d_total, dropout, out, stream_at(stream));
                });
              });
-  module.def("separable_attention_bwd_rows",
-             [](const py::tuple& tensors, const py::tuple& dropout, int products, int multiprocessors,
-                const py::handle& workspace, const py::handle& d_sums, const py::handle& statistics,
-                const py::handle& d_form, uintptr_t stream_address) {
-               using namespace pk::cuda;
-               const auto call = separable_call(tensors, dropout);
-               const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
-               const auto out = view(d_form);
-               const auto stream = stream_at(stream_address);
-               run([&] {
-                 if (products > 0 && !few_channels(call))
-                   return separable_attention_bwd_rows_many_channels(call, products, multiprocessors, memory, upstream,
-                                                                     of_rows, out, stream);
-                 const auto bwd =
-                     products > 0 ? separable_attention_bwd_rows_tensor_cores : separable_attention_bwd_rows;
-                 return bwd(call, multiprocessors, memory, upstream, of_rows, out, stream);
-               });
-             });
+  module.def("separable_attention_bwd_rows", [](const py::tuple& tensors, const py::tuple& dropout, int products,
+                                                int multiprocessors, const py::handle& workspace,
+                                                const py::handle& d_sums, const py::handle& statistics,
+                                                const py::handle& d_form, uintptr_t stream_address) {
+    using namespace pk::cuda;
+    const auto call = separable_call(tensors, dropout);
+    const auto memory = view(workspace), upstream = view(d_sums), of_rows = view(statistics);
+    const auto out = view(d_form);
+    const auto stream = stream_at(stream_address);
+    run([&] {
+      if (products > 0 && !few_channels(call))
+        return separable_attention_bwd_rows_many_channels(call, products, multiprocessors, memory, upstream, of_rows,
+                                                          out, stream);
+      const auto bwd = products > 0 ? separable_attention_bwd_rows_tensor_cores : separable_attention_bwd_rows;
+      return bwd(call, multiprocessors, memory, upstream, of_rows, out, stream);
+    });
+  });
   module.def("separable_attention_bwd_tokens_workspace", [](const py::tuple& tensors, const py::tuple& dropout,
                                                             bool needs_x, bool needs_r) {
     return pk::cuda::separable_attention_bwd_tokens_workspace(separable_call(tensors, dropout), needs_x, needs_r);
