@@ -491,8 +491,9 @@ __device__ __forceinline__ void sum_channels(const RowsTask& task) {
   const Share& share = memory.share;
   const Grid& grid = task.grid;
   if (threadIdx.x == 0) memory.share = Share(task, Own::rows);
-  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof memory.tokens / sizeof(float)); i += kThreads)
-    memory.tokens[0][i] = 0.0f;
+  for (auto& tokens : memory.tokens)
+    for (int i = static_cast<int>(threadIdx.x); i < Own::stage_positions * Own::tile_floats; i += kThreads)
+      tokens[i] = 0.0f;
   __syncthreads();
   stage_channels(memory.forms[0], task, share, task.form + share.batch * grid.form_batch, nullptr);
   if (backward)
