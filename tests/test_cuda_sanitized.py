@@ -162,7 +162,7 @@ def test_calls_run_every_kernel() -> None:
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs the emulation of a GPU")
-def test_any_order_on_sm_80() -> None:
+def test_paths_of_sm_80() -> None:
     """Copies without barriers, and products of warps where sm_90 has those of warpgroups."""
     checks = "for op in t.OPS: t.test_any_order_gives_the_same_bits(op)"
     run_checks("test_cuda_sanitized", checks, **{cuda_emulation.ARCH: "800"})
