@@ -5,14 +5,14 @@ namespace pk {
 namespace cuda {
 namespace {
 
-__global__ void probe_kernel() {}
+__global__ void nothing() {}
 
 }  // namespace
 
 Status probe(int64_t& shared_memory) {
   shared_memory = static_cast<int64_t>(most_shared());
   cudaFuncAttributes attributes;
-  return status_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(probe_kernel)));
+  return status_of(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(nothing)));
 }
 
 }  // namespace cuda

@@ -748,11 +748,12 @@ Status run_rows(const SeparableCall& call, const RowsTask& task, Stream stream, 
   const Status packed = pack(call, grid, const_cast<float*>(task.tiles), const_cast<float*>(task.extents), stream);
   if (packed.code != 0) return packed;
   const int64_t blocks = static_cast<int64_t>(grid.batch) * grid.row_blocks() * task.split.slots();
-  const auto of_channels = [&](auto channels) {
-    auto kernel = select(channels, Yes{}, No{});
-    if (grid.outer_axes > 1) kernel = select(channels, No{}, No{});
-    if (task.drops || call.mask.defined()) kernel = select(channels, No{}, Yes{});
+  const auto run = [&](auto kernel) {
     return launch(kernel, blocks, task.split.warps * 32, BlockMemory::bytes(grid, task.split), stream, task);
+  };
+  const auto of_channels = [&](auto channels) {
+    if (task.drops || call.mask.defined()) return run(select(channels, No{}, Yes{}));
+    return grid.outer_axes > 1 ? run(select(channels, No{}, No{})) : run(select(channels, Yes{}, No{}));
   };
   switch (grid.channels) {
     case 1:
@@ -763,8 +764,8 @@ Status run_rows(const SeparableCall& call, const RowsTask& task, Stream stream, 
       return of_channels(std::integral_constant<int, 3>{});
     case 4:
       return of_channels(std::integral_constant<int, 4>{});
-    default:
-      return of_channels(std::integral_constant<int, 0>{});
+    default:  // many; without dropout they have kernels of their own
+      return run(select(std::integral_constant<int, 0>{}, No{}, Yes{}));
   }
 }
 
