@@ -5,8 +5,6 @@ Its mode for where TensorFloat-32 is allowed is in test_separable_attention_tens
 
 from __future__ import annotations
 
-import sys
-
 import cuda_emulation
 import machine_code
 import pytest
@@ -120,17 +118,11 @@ def test_large_data_do_not_overflow_the_lazy_sums() -> None:
 def test_order_of_threads_changes_nothing(shape: SeparableShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bit, on a GPU that divides the tokens of few rows little or much."""
     inputs = cast(make_inputs(shape, masked=True), torch.float32)
-    emulated = "perceiver_kernels._cuda" in sys.modules and runtime.emulated()
     for multiprocessors in (4, 132):
-        monkeypatch.setattr(runtime, "multiprocessors", lambda device, count=multiprocessors: count)
+        monkeypatch.setattr(launchers, "multiprocessors", lambda device, count=multiprocessors: count)
         in_order = run(inputs, "cuda")
-        if emulated:
-            cuda_emulation.shuffle(7)
-        try:
+        with cuda_emulation.shuffled(7):
             again = run(inputs, "cuda")
-        finally:
-            if emulated:
-                cuda_emulation.shuffle(0)
         for name, value in in_order.items():
             assert torch.equal(value, again[name]), name
 

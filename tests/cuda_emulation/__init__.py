@@ -35,7 +35,8 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-Wall",
 ]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# Unoptimised: most of the time is the compiler's.
+SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
 # Why the module that the environment asks for is not installed although there is a compiler.
