@@ -349,7 +349,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("reach(out, 3)", ""),
         ("reach(out, 4)", "AddressSanitizer: use-after-poison"),
-        ("reach(out, -1)", "AddressSanitizer: use-after-poison"),
+        ("reach(out, -1)", "AddressSanitizer"),  # in front of it is poison, or another allocation's end
         ("reach(out, 4000)", "AddressSanitizer"),
         ("wide(x, out, 0)", ""),
         ("wide(x, out, 1)", "misaligned address"),
