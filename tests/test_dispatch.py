@@ -149,7 +149,7 @@ def test_a_gpu_that_a_backend_cannot_use_is_left_to_the_next(monkeypatch: pytest
 
     cuda = next(entry for entry in dispatch.declarations(OP) if entry.backend == "cuda")
     monkeypatch.setattr(runtime, "emulated", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def reasons(device: str, head_dim: int) -> str:

@@ -32,7 +32,7 @@ def unavailable() -> str | None:
 
 def unusable(shared_memory: int) -> str | None:
     """Why the current GPU does not run kernels with so many bytes of shared memory, or None where it does."""
-    if emulated() or not torch.cuda.is_available():
+    if emulated() or not torch.cuda.is_initialized():  # then no tensor is on a GPU
         return None
     device = torch.cuda.current_device()
     reason, most = _limits_of(device)

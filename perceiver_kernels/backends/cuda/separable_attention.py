@@ -1,4 +1,4 @@
-"""separable_attention in CUDA C++: csrc/cuda/separable_attention.cu."""
+"""separable_attention in CUDA C++: csrc/cuda/separable_attention.cu, _tensor_cores.cu and _many_channels.cu."""
 
 from __future__ import annotations
 

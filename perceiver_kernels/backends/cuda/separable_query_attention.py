@@ -1,4 +1,4 @@
-"""separable_query_attention in CUDA C++: csrc/cuda/separable_query_attention.cu."""
+"""separable_query_attention in CUDA C++: csrc/cuda/separable_query_attention.cu and _keys.cu."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from perceiver_kernels.backends.native import describe, describe_all
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Of blocks that own keys, as csrc/cuda/separable_query_attention.cu has them.
+# Of blocks that own keys, as csrc/cuda/separable_query_attention_keys.cu has them: with others, parts are less even.
 BLOCK_KEYS = 128
 TILE_COLUMNS = 32
 CHUNKS = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
@@ -137,7 +137,9 @@ def _bwd_keys(
     runtime.module().separable_query_attention_bwd_keys(*call, describe_all(results), runtime.stream(v))
     d_form = _left_out(torch.cat((d_data.sum(2), d_outer.sum(2), d_table.sum(2)), 2), mask, 3)
     nothing = form.new_empty(0)
-    return _summed(d_form, form), nothing if h is None else _summed(_left_out(d_bias.sum(2), mask, 2), h)
+    return d_form.sum_to_size(form.shape), nothing if h is None else _left_out(d_bias.sum(2), mask, 2).sum_to_size(
+        h.shape
+    )
 
 
 def _bwd_values(call: tuple[Any, ...], v: Tensor, mask: Tensor | None, grid: Sequence[int]) -> Tensor:
@@ -165,11 +167,6 @@ def _bwd_queries(
     if d_x is not None or d_r is not None:
         runtime.module().separable_query_attention_bwd_queries(*call, describe(d_x), describe(d_r), runtime.stream(v))
     return (
-        None if d_x is None or wanted_x is None else _summed(d_x, wanted_x),
-        None if d_r is None or wanted_r is None else _summed(d_r, wanted_r),
+        None if d_x is None or wanted_x is None else d_x.sum_to_size(wanted_x.shape),
+        None if d_r is None or wanted_r is None else d_r.sum_to_size(wanted_r.shape),
     )
-
-
-def _summed(gradient: Tensor, like: Tensor) -> Tensor:
-    """Over the batch where the input had one entry for all."""
-    return gradient.sum(0, keepdim=True) if like.shape[0] == 1 != gradient.shape[0] else gradient

@@ -589,8 +589,8 @@ def _bwd_keys(
     programs = batch * heads * triton.cdiv(keys, choice.columns) * parts
     if programs:
         _launch(separable_query_attention_bwd_keys_kernel, (programs, 1), choice, arguments | results | split)
-    d_form = _summed(torch.cat((d_entries.sum(2), d_table.sum(2)), 2), form)
-    return d_form, form.new_empty(0) if h is None else _summed(d_bias.sum(2), h)
+    d_form = torch.cat((d_entries.sum(2), d_table.sum(2)), 2).sum_to_size(form.shape)
+    return d_form, form.new_empty(0) if h is None else d_bias.sum(2).sum_to_size(h.shape)
 
 
 def _bwd_values(arguments: dict[str, Any], v: Tensor, grid: Sequence[int]) -> Tensor:
@@ -641,11 +641,6 @@ def _bwd_queries(
         }
         _launch(separable_query_attention_bwd_queries_kernel, (programs,), choice, arguments)
     return (
-        nothing if x is None or d_x is None else _summed(d_x, x),
-        nothing if r is None or d_r is None else _summed(d_r, r),
+        nothing if x is None or d_x is None else d_x.sum_to_size(x.shape),
+        nothing if r is None or d_r is None else d_r.sum_to_size(r.shape),
     )
-
-
-def _summed(gradient: Tensor, like: Tensor) -> Tensor:
-    """Over the batch where the input had one entry for all."""
-    return gradient.sum(0, keepdim=True) if like.shape[0] == 1 != gradient.shape[0] else gradient
