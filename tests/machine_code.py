@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -31,8 +32,20 @@ from perceiver_kernels.backends.triton import runtime
 TESTS = Path(__file__).parent
 
 
-# test_extra.py says when Triton is missing where the test extra installs it.
-needs_triton = pytest.mark.skipif(bool(runtime.unavailable()), reason="Triton is not installed")
+OLDEST_TRITON = (3, 6)
+
+
+def _missing_triton() -> str | None:
+    """Why there is no machine code of Triton's to judge; test_extra.py says when it should be installed and is not."""
+    if runtime.unavailable():
+        return "Triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"the limits are of Triton 3.6 and later, this is {version}, whose code is another"
+    return None
+
+
+needs_triton = pytest.mark.skipif(bool(_missing_triton()), reason=_missing_triton() or "")
 
 
 @dataclass(frozen=True)

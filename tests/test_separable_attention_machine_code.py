@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from machine_code import Build, Figures, figures
+from machine_code import Build, Figures, figures, needs_triton
 
 pytest.importorskip("triton")
+pytestmark = needs_triton
 
 from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
 

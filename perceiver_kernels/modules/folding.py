@@ -62,8 +62,9 @@ def choose_path(
         "absorbed": pairs * (2 * context_channels + EXPONENTIAL_COST),
         "projected": pairs * (2 * head_dim + EXPONENTIAL_COST) + projections,
     }
-    possible = {path: cost for path, cost in costs.items() if not isinstance(cost, str)}
-    return PathChoice(min(possible, key=lambda path: possible[path]), costs)
+    # A list of pairs: torch.compile of torch 2.9 follows neither a generator nor a key here.
+    _, path = min([(cost, path) for path, cost in costs.items() if not isinstance(cost, str)])
+    return PathChoice(path, costs)
 
 
 def _separable_obstacle(grid: FourierGrid | None, data_channels: int) -> str | None:

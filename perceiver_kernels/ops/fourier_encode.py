@@ -305,7 +305,7 @@ def _points_out(
 def _points_fake(
     positions: Tensor, frequencies: list[float], grouped: bool, concat_pos: bool, sine_only: bool, dtype: torch.dtype
 ) -> Tensor:
-    channels = (1 if sine_only else 2) * len(frequencies) + concat_pos * positions.shape[1]
+    channels = (1 if sine_only else 2) * len(frequencies) + (positions.shape[1] if concat_pos else 0)
     return positions.new_empty(positions.shape[0], channels, dtype=dtype)
 
 
