@@ -8,9 +8,10 @@ import pytest
 from machine_code import Build, Figures, figures, needs_triton
 
 pytest.importorskip("triton")
-pytestmark = needs_triton
 
 from perceiver_kernels.backends.triton.separable_attention import BACKWARD_TILES, FORWARD_TILES
+
+pytestmark = needs_triton
 
 INTEGERS = (
     *("form_batch", "rows", "padded_rows", "outer", "columns", "strips", "outer_table", "size_3"),
