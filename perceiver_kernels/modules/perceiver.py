@@ -286,10 +286,9 @@ class Perceiver(nn.Module):
         context, grid, mask = self._prepare(data, mask)
         keep_hiddens = return_hiddens or self.has_attn_residual or block_outputs is not None
         hiddens = initial_hiddens(block_outputs, self.latents.expand(len(data), -1, -1)) if keep_hiddens else []
-        checkpointing = self.activation_checkpointing and self.training
         x = self.latents.unsqueeze(0)
-        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
-            x = block(x, context, grid=grid, mask=mask, inverted=inverted, checkpointing=checkpointing)
+        for layer in range(len(self.layers)):
+            x = self._run_layer(layer, x, context, grid, mask)
             if keep_hiddens:
                 hiddens.append(x)
             if self.has_attn_residual:
@@ -302,11 +301,26 @@ class Perceiver(nn.Module):
         context, grid, mask = self._prepare(data, mask)
         latents = self.latents.unsqueeze(0)
         lines = []
-        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
-            cross_attn = cast(PerceiverBlock, block).cross_attn
+        for layer, (cross_attn, inverted) in enumerate(zip(self._cross_attentions(), self._inverts(), strict=True)):
             choice = cross_attn.explain(latents, context, grid=grid, mask=mask, inverted=inverted)
             lines.append(f"layers.{layer}.cross_attn: " + "; ".join(map(str.strip, choice.splitlines())))
         return "\n".join(lines)
+
+    # Where layers are kept differs in perceiver-pytorch's own models, which integrations/perceiver_pytorch.py runs by
+    # this class: these three are what they override.
+
+    def _run_layer(
+        self, layer: int, x: Tensor, context: Tensor, grid: FourierGrid | None, mask: Tensor | None
+    ) -> Tensor:
+        to_data = {"context": context, "grid": grid, "mask": mask, "inverted": self.inverted_cross_attn[layer]}
+        return self.layers[layer](x, checkpointing=self.activation_checkpointing and self.training, **to_data)
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [cast(PerceiverBlock, block).cross_attn for block in self.layers]
+
+    def _inverts(self) -> Sequence[bool]:
+        """Whether each layer's cross-attention is normalised over the latents."""
+        return self.inverted_cross_attn
 
     @property
     def _num_position_channels(self) -> int:

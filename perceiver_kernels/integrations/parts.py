@@ -1,0 +1,37 @@
+"""What an integration asks of a module's parts before it computes with their parameters instead of calling them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from perceiver_kernels.modules.projection import is_stock
+
+
+@dataclass(frozen=True)
+class Part:
+    """A submodule by its name in the swapped module, and the class that it must be of."""
+
+    name: str
+    module: nn.Module | None
+    kind: type[nn.Module]
+
+    @property
+    def is_stock(self) -> bool:
+        return self.module is not None and is_stock(self.module, self.kind)
+
+
+def all_stock(parts: Iterable[Part]) -> bool:
+    """Whether all parts are of their very classes and without hooks, so that their parameters stand for them."""
+    return all(part.is_stock for part in parts)
+
+
+def obstacle(parts: Iterable[Part]) -> str | None:
+    """Why the parts cannot be computed with, in words, or None."""
+    for part in parts:
+        if not part.is_stock:
+            expected = f"must be {part.kind.__name__}, not wrapped, and without hooks"
+            return f"{part.name} is {type(part.module).__name__}, {expected}"
+    return None
