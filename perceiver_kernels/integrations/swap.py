@@ -14,9 +14,10 @@ from torch import nn
 
 
 class Accelerated:
-    """First base of every class of ours that stands in for a library's class, which is the last base.
+    """Second base of every class of ours that stands in for a library's class, which is the first base.
 
-    Its forward computes by this library's operators what the original computes, from the module's own parameters, and
+    In this order an object of the one class can become one of the other: class Layer(theirs.Layer, Accelerated). Its
+    forward computes by this library's operators what the original computes, from the module's own parameters, and
     calls super().forward for what they do not cover.
     """
 
@@ -24,7 +25,7 @@ class Accelerated:
     original: ClassVar[type[nn.Module]]
 
     def __init_subclass__(cls) -> None:
-        cls.original = cls.__bases__[-1]
+        cls.original = cls.__bases__[0]
 
 
 @dataclass(frozen=True)
