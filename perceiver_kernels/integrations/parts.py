@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceiver_kernels.modules.projection import is_stock
 
@@ -20,7 +20,10 @@ class Part:
 
     @property
     def is_stock(self) -> bool:
-        return self.module is not None and is_stock(self.module, self.kind)
+        if self.module is None or not is_stock(self.module, self.kind):
+            return False
+        # Quantised or distributed weights are tensors of classes of their own.
+        return self.kind is not nn.Linear or type(self.module.weight) in (nn.Parameter, Tensor)
 
 
 def all_stock(parts: Iterable[Part]) -> bool:

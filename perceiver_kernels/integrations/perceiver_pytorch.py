@@ -47,6 +47,8 @@ class FusedAttention(nn.Module):
     def head_dim(self) -> Any:
         return self.fn.to_q.out_features // self.fn.heads
 
+    head_dim_v = head_dim
+
     @property
     def dropout(self) -> Any:
         return self.fn.dropout.p if hasattr(self.fn, "dropout") else 0.0

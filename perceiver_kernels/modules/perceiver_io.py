@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.modules.attention import CrossAttention, flatten_key_mask
 from perceiver_kernels.modules.checkpoints import upgrade_io_before_loading
+from perceiver_kernels.modules.decoder import GridQueries
+from perceiver_kernels.modules.decoding import decode
 from perceiver_kernels.modules.feed_forward import FeedForward
 from perceiver_kernels.modules.perceiver import (
     AttentionResidual,
@@ -132,7 +134,7 @@ class PerceiverIO(nn.Module):
         self,
         data: Tensor,
         mask: Tensor | None = None,
-        queries: Tensor | None = None,
+        queries: Tensor | GridQueries | None = None,
         block_outputs: Tensor | list[Tensor] | None = None,
         return_hiddens: bool = False,
         *,
@@ -144,7 +146,8 @@ class PerceiverIO(nn.Module):
             data: (batch, M, dim); with a grid (batch, *grid.shape, c) or (batch, M, c), c = dim - grid.num_channels.
             mask: bool (batch, M) or (batch, *grid.shape), True = attend. An input whose mask is False everywhere is
                 attended to evenly, as perceiver-pytorch does.
-            queries: (O, queries_dim), (1, O, queries_dim) or (batch, O, queries_dim); None gives the latents.
+            queries: (O, queries_dim), (1, O, queries_dim) or (batch, O, queries_dim); None gives the latents. Not in
+                perceiver-pytorch: queries on a grid, which are not built (`GridQueries`).
             block_outputs: what the attention residual mixes in besides this call's layers, each (batch, N, latent_dim);
                 defaults to the latents after the encoder.
             return_hiddens: give block_outputs as well, extended by the output of every layer.
@@ -171,13 +174,13 @@ class PerceiverIO(nn.Module):
         out = x if queries is None else self.decode(queries, x)
         return (out, hiddens) if return_hiddens else out
 
-    def decode(self, queries: Tensor, latents: Tensor) -> Tensor:
+    def decode(self, queries: Tensor | GridQueries, latents: Tensor) -> Tensor:
         """Outputs (batch, O, logits_dim) of queries (batch or 1, O, queries_dim) and latents (batch, N, latent_dim)."""
-        checkpointing = self.activation_checkpointing and self.training
-        x = run(self.decoder_cross_attn, queries, checkpointing, context=latents)
-        if self.decoder_ff is not None:
-            x = run(self.decoder_ff, x, checkpointing, residual=x)
-        return cast(Tensor, self.to_logits(x))
+        if self.activation_checkpointing and self.training and isinstance(queries, Tensor):
+            x = run(self.decoder_cross_attn, queries, True, context=latents)
+            x = x if self.decoder_ff is None else run(self.decoder_ff, x, True, residual=x)
+            return cast(Tensor, self.to_logits(x))
+        return decode(self.decoder_cross_attn, queries, latents, mlp=self.decoder_ff, final=self.to_logits)
 
     def _encode(self, data: Tensor, mask: Tensor | None, grid: FourierGrid | None) -> Tensor:
         if data.device != self.latents.device:
@@ -195,8 +198,15 @@ class PerceiverIO(nn.Module):
             checkpointing=self.activation_checkpointing and self.training,
         )
 
-    def _check_queries(self, queries: Tensor, batch: int) -> Tensor:
-        """The queries as (batch or 1, O, queries_dim)."""
+    def _check_queries(self, queries: Tensor | GridQueries, batch: int) -> Tensor | GridQueries:
+        """The queries as (batch or 1, O, queries_dim), or on a grid."""
+        if isinstance(queries, GridQueries):
+            if queries.num_channels != self.queries_dim or queries.batch not in (1, batch):
+                raise ValueError(
+                    f"queries has {queries.num_channels} channels and batch {queries.batch}, but must have "
+                    f"{self.queries_dim}, and 1 or {batch}"
+                )
+            return queries
         shape = tuple(queries.shape)
         fits = (
             queries.ndim in (2, 3) and shape[-1] == self.queries_dim and (queries.ndim == 2 or shape[0] in (1, batch))
