@@ -115,6 +115,30 @@ def separable_query_attention(
     return torch.ops.perceiver_kernels.separable_query_attention_fwd(form, v, h, x, r, mask, random, grid, dropout_p)[0]
 
 
+def attend_from_grid(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None = None,
+    x: Tensor | None = None,
+    r: Tensor | None = None,
+    *,
+    grid: Sequence[int],
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """separable_query_attention for callers that have k and the tables in one array: nothing is copied or cast.
+
+    Args:
+        form: (batch or 1, heads, c + S_1 + ... + S_A, N), k and then the tables, transposed.
+        grid: S_1, ..., S_A.
+        v, h, x, r, mask, dropout_p: as there; the queries of x and r in one dimension.
+    """
+    random = seed_tensor(dropout_p)
+    return torch.ops.perceiver_kernels.separable_query_attention_fwd(
+        form, v, h, x, r, mask, random, list(grid), dropout_p
+    )[0]
+
+
 def _checked(
     tables: tuple[Tensor, ...],
     v: Tensor,
