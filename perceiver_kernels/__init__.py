@@ -5,7 +5,7 @@ from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.graphs import graphed, warmup
 from perceiver_kernels.integrations import accelerate, restore
-from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
+from perceiver_kernels.modules import CrossAttention, FeedForward, GridTokens, Perceiver, SelfAttention
 from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
@@ -20,6 +20,7 @@ __all__ = [
     "FeedForward",
     "FourierEncoding",
     "FourierGrid",
+    "GridTokens",
     "Perceiver",
     "SelfAttention",
     "SeparableState",

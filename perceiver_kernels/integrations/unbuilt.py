@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceiver_kernels.modules.segments import GridTokens, Segment
+from perceiver_kernels.modules.segments import Segment, materialized
 
 
 class UnbuiltTokens:
@@ -44,8 +44,7 @@ class UnbuiltTokens:
     def materialize(self) -> Tensor:
         """The array."""
         if self._built is None:
-            parts = [part.materialize() if isinstance(part, GridTokens) else part for part in self.segments]
-            self._built = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            self._built = materialized(self.segments)
         return self._built
 
     def __getitem__(self, index: Any) -> Tensor:

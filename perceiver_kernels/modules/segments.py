@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,31 @@ class GridTokens:
         return torch.cat((tokens, self.constant.to(tokens).expand(*tokens.shape[:-1], -1)), -1)
 
 
-Segment = GridTokens | Tensor
+Segment: TypeAlias = GridTokens | Tensor
+
+
+def check_segments(segments: Sequence[Segment], channels: int) -> None:
+    """Raise a ValueError unless these are segments of one batch on one device, with tokens of so many channels."""
+    if not segments:
+        raise ValueError("context is an empty sequence, must have at least one segment")
+    first = segments[0]
+    for i, segment in enumerate(segments):
+        if not isinstance(segment, (GridTokens, Tensor)):
+            raise ValueError(f"context[{i}] is a {type(segment).__name__}, must be GridTokens or a tensor")
+        shape = tuple(segment.shape)
+        if len(shape) != 3 or shape[2] != channels or shape[0] != first.shape[0] or not shape[1]:
+            expected = f"({first.shape[0]}, tokens, {channels})"
+            raise ValueError(f"context[{i}] has tokens of shape {shape}, must be {expected}, as the first's batch is")
+        if segment.device != first.device:
+            raise ValueError(f"context[{i}] is on {segment.device}, must be on {first.device} as the first is")
+        if not segment.dtype.is_floating_point:
+            raise ValueError(f"context[{i}] has dtype {segment.dtype}, must be floating-point")
+
+
+def materialized(segments: Sequence[Segment]) -> Tensor:
+    """The tokens of all segments written out, (batch, M, C)."""
+    parts = [part.materialize() if isinstance(part, GridTokens) else part for part in segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class KeysAndValues(NamedTuple):
