@@ -26,7 +26,7 @@ def make_inputs() -> tuple[Tensor, ...]:
 
 
 def segments(video: Tensor, embedding: Tensor, audio: Tensor, padding: Tensor, tokens: Tensor) -> list[Any]:
-    return [GridTokens(video, VIDEO, embedding), GridTokens(audio, AUDIO, padding), tokens]
+    return [GridTokens(VIDEO, video, embedding), GridTokens(AUDIO, audio, padding), tokens]
 
 
 def written_out(video: Tensor, embedding: Tensor, audio: Tensor, padding: Tensor, tokens: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def test_autocast_and_half() -> None:
 
 
 def grid_tokens(data: Tensor | None = None, constant: Tensor | None = None) -> Callable[[], Any]:
-    return lambda: GridTokens(torch.randn(2, 9, 6) if data is None else data, AUDIO, constant)
+    return lambda: GridTokens(AUDIO, torch.randn(2, 9, 6) if data is None else data, constant)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,7 @@ def grid_tokens(data: Tensor | None = None, constant: Tensor | None = None) -> C
     [
         (grid_tokens(torch.randn(2, 8, 6)), r"data has shape \(2, 8, 6\), must be \(batch, 9, channels\)"),
         (grid_tokens(torch.ones(2, 9, 6, dtype=torch.int64)), "data has dtype torch.int64, must be floating-point"),
+        (lambda: GridTokens(AUDIO), "data is a NoneType, must be a tensor"),
         (grid_tokens(constant=torch.ones(1, 9)), r"constant has shape \(1, 9\), must be \(channels,\)"),
         (lambda: [], "context is an empty sequence, must have at least one segment"),
         (lambda: [torch.randn(2, 5, CHANNELS), "text"], r"context\[1\] is a str, must be GridTokens or a tensor"),
