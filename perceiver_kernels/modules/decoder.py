@@ -216,11 +216,11 @@ def fold_queries(queries: GridQueries, keys: Tensor, query: QueryProjection, sca
     x = None
     if queries.data is not None:
         x = queries.data.reshape(queries.batch, queries.grid.num_positions, queries.data_channels).to(dtype)
-    r = None if query.eps is None else _reciprocal_deviation(queries, query.eps, keys.device, dtype)
+    r = None if query.eps is None else reciprocal_deviation(queries, query.eps, keys.device, dtype)
     return FoldedQueries(queries.grid.shape, form, h, x, r)
 
 
-def _reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """LayerNorm's r of every query, (batch or 1, M)."""
     grid, constant = queries.grid, queries.constant
     sums, squares = grid.feature_sums(device, dtype)
