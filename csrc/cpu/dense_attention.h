@@ -176,6 +176,7 @@ struct DenseCall {
 template <class T, class Tokens, class Results>
 class DenseForward {
  public:
+  // Both must outlive the object.
   DenseForward(const DenseCall<Tokens>& call, const Results& results)
       : call_(call), results_(results), sizes_(call.sizes), out_step_(rounded_up(sizes_.head_dim_v, tile_width<T>)) {
     constexpr int64_t most_blocks = 12, keys_of_part = 256;
@@ -641,7 +642,7 @@ class DenseBackwardHead {
     gradients_.write_queries(batch_, head_, query_range(block), rows, step_, static_cast<T>(call_.scale));
   }
 
-  void write_keys(int64_t block, const T* d_keys, State& state) const {
+  void write_keys(int64_t block, T* d_keys, State& state) const {
     if (!gradients_.needs_keys()) return;
     gradients_.write_keys(batch_, head_, key_range(block), d_keys, step_, d_keys + kBackwardKeys * step_, step_v_,
                           static_cast<T>(call_.scale), state.copy.get());
