@@ -60,6 +60,24 @@ struct LatentInputs {
   Dropout dropout;
 };
 
+// Inputs of absorbed attention: a token is [x ; features of its position].
+struct AbsorbedInputs {
+  TensorView a;          // [B, R, C], any strides: 0 for one that all inputs share
+  TensorView x;          // [B, M, c] or undefined
+  TensorView positions;  // [B, M, A] or undefined
+  TensorView mask;       // [B, M], boolean, or undefined
+  FourierBands bands;
+  bool normalises = false;  // by LayerNorm, with this eps
+  double eps = 0;
+  Dropout dropout;
+};
+
+struct AbsorbedState {
+  TensorView acc;    // [B, R, C], channels contiguous
+  TensorView lse;    // [B, R], float64
+  TensorView total;  // [B, R]
+};
+
 // Inputs of separable_query_attention, all but x contiguous. Keys that nothing attends to are zeros in form and v. A
 // dropout row is head * M + query, M the grid's size.
 struct SeparableQueryInputs {
@@ -97,6 +115,11 @@ struct LatentGradients {
   TensorView q, k, v;  // as the inputs, channels contiguous
 };
 
+// Cross-attention is the same of the keys that a mask leaves. Gradients of the others are never written.
+struct CrossInputs : LatentInputs {
+  TensorView mask;  // [B, M], boolean, or undefined
+};
+
 // What follows the product x @ weight^T: out = f(product + bias) + residual. Gated: the product's first half times f of
 // its second half.
 enum class Activation : int { none, gelu, gelu_tanh };
@@ -125,6 +148,13 @@ struct CpuOps {
   void (*latent_attention_fwd)(const LatentInputs&, const LatentOutputs&);
   void (*latent_attention_bwd)(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
                                const LatentGradients&);
+  void (*cross_attention_fwd)(const CrossInputs&, const LatentOutputs&);
+  void (*cross_attention_bwd)(const CrossInputs&, const LatentOutputs& saved, const TensorView& d_out,
+                              const LatentGradients&);
+  void (*absorbed_attention_fwd)(const AbsorbedInputs&, const AbsorbedState&);
+  // d_a [B, R, C] and d_x [B, M, c], channels contiguous, undefined where not needed; masked tokens are not written.
+  void (*absorbed_attention_bwd)(const AbsorbedInputs&, const AbsorbedState& saved, const AbsorbedState& upstream,
+                                 const TensorView& d_a, const TensorView& d_x);
   // product [M, N], residual and out [M, N or N / 2], each of any floating dtype but float64 only for a float64
   // product; columns contiguous. out may be the product or the residual itself.
   void (*linear_epilogue_fwd)(const LinearEpilogue&, const TensorView& product, const TensorView& residual,

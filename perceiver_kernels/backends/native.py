@@ -199,6 +199,108 @@ def latent_attention_bwd(
     return d_q, d_k, d_v
 
 
+def cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, queries, head_dim_v) and lse (batch, heads, queries), by csrc/cpu/cross_attention.cpp."""
+    out = rows_first(q, q.shape[2], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    cpu_module().cross_attention_fwd(
+        describe_all((q, k, v, mask)), scale, (dropout_p, seed, 0), describe_all((out, lse)), torch.get_num_threads()
+    )
+    return out, lse
+
+
+def cross_attention_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in memory as (batch, rows, heads, channels), by csrc/cpu/cross_attention.cpp."""
+    d_q, d_k, d_v = (rows_first(tensor, *tensor.shape[2:]) for tensor in (q, k, v))
+    if mask is not None:  # masked keys are never visited
+        d_k.zero_()
+        d_v.zero_()
+    lse = lse.contiguous()
+    cpu_module().cross_attention_bwd(
+        describe_all((q, k, v, mask)),
+        scale,
+        (dropout_p, seed, 0),
+        describe_all((out, lse)),
+        describe(d_out),
+        describe_all((d_q, d_k, d_v)),
+        torch.get_num_threads(),
+    )
+    return d_q, d_k, d_v
+
+
+Features: TypeAlias = tuple[Sequence[float], bool, bool, bool]  # frequencies, grouped, concat_pos, sine_only
+
+
+def _absorbed_inputs(
+    a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, batch: int
+) -> tuple[Described | None, ...]:
+    shared = [None if tensor is None else tensor.expand(batch, -1, -1) for tensor in (a, x, positions)]
+    return describe_all((*shared, mask))
+
+
+def absorbed_attention_fwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+) -> State:
+    """acc (batch, rows, C), lse (batch, rows), float64, and total, by csrc/cpu/absorbed_attention.cpp."""
+    given = (x,) if x is not None else (a, positions, mask)
+    batch = next((tensor.shape[0] for tensor in given if tensor is not None and tensor.shape[0] != 1), 1)
+    acc = a.new_empty(batch, *a.shape[1:])
+    lse = a.new_empty(batch, a.shape[1], dtype=torch.float64)
+    total = a.new_empty(batch, a.shape[1])
+    cpu_module().absorbed_attention_fwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all((acc, lse, total)), torch.get_num_threads(),
+    )  # fmt: skip
+    return acc, lse, total
+
+
+def absorbed_attention_bwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+    saved: State,
+    upstream: State,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a and x, empty where not needed, by csrc/cpu/absorbed_attention.cpp."""
+    needs_a, needs_x = needs
+    batch = saved[0].shape[0]
+    d_a = a.new_empty((batch, *a.shape[1:]) if needs_a else 0)
+    # Masked tokens are never visited: their gradients are the zeros of the allocation.
+    d_x = a.new_empty(0) if x is None or not needs_x else (x.new_empty if mask is None else x.new_zeros)(x.shape)
+    cpu_module().absorbed_attention_bwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all(saved), describe_all(upstream), describe(d_a) if needs_a else None,
+        describe(d_x) if x is not None and needs_x else None, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_a.sum(0, keepdim=True) if needs_a and a.shape[0] == 1 and batch != 1 else d_a, d_x
+
+
 def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result, in huge pages where it is large: page faults cost more than filling it."""
     result = like.new_empty(shape, dtype=dtype)
