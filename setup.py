@@ -25,6 +25,7 @@ CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
 KERNELS = [
+    "cross_attention",
     "latent_attention",
     "linear",
     "separable_attention",

@@ -97,6 +97,11 @@ struct LatentGradients {
   TensorView q, k, v;  // as the inputs, channels contiguous
 };
 
+// Cross-attention is the same of the keys that a mask leaves. Gradients of the others are never written.
+struct CrossInputs : LatentInputs {
+  TensorView mask;  // [B, M], boolean, or undefined
+};
+
 // What follows the product x @ weight^T: out = f(product + bias) + residual. Gated: the product's first half times f of
 // its second half.
 enum class Activation : int { none, gelu, gelu_tanh };
@@ -125,6 +130,9 @@ struct CpuOps {
   void (*latent_attention_fwd)(const LatentInputs&, const LatentOutputs&);
   void (*latent_attention_bwd)(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
                                const LatentGradients&);
+  void (*cross_attention_fwd)(const CrossInputs&, const LatentOutputs&);
+  void (*cross_attention_bwd)(const CrossInputs&, const LatentOutputs& saved, const TensorView& d_out,
+                              const LatentGradients&);
   // product [M, N], residual and out [M, N or N / 2], each of any floating dtype but float64 only for a float64
   // product; columns contiguous. out may be the product or the residual itself.
   void (*linear_epilogue_fwd)(const LinearEpilogue&, const TensorView& product, const TensorView& residual,

@@ -17,6 +17,8 @@
   void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                           \
   void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                            \
   void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&); \
+  void cross_attention_fwd(const CrossInputs&, const LatentOutputs&);                                              \
+  void cross_attention_bwd(const CrossInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&);   \
   void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);        \
   void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,         \
                            const TensorView&);                                                                     \
@@ -31,6 +33,8 @@
             fourier_encode_points,                                                                                 \
             latent_attention_fwd,                                                                                  \
             latent_attention_bwd,                                                                                  \
+            cross_attention_fwd,                                                                                   \
+            cross_attention_bwd,                                                                                   \
             linear_epilogue_fwd,                                                                                   \
             linear_epilogue_bwd,                                                                                   \
             exp_rate};                                                                                             \

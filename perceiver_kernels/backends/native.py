@@ -199,6 +199,48 @@ def latent_attention_bwd(
     return d_q, d_k, d_v
 
 
+def cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, queries, head_dim_v) and lse (batch, heads, queries), by csrc/cpu/cross_attention.cpp."""
+    out = rows_first(q, q.shape[2], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    cpu_module().cross_attention_fwd(
+        describe_all((q, k, v, mask)), scale, (dropout_p, seed, 0), describe_all((out, lse)), torch.get_num_threads()
+    )
+    return out, lse
+
+
+def cross_attention_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in memory as (batch, rows, heads, channels), by csrc/cpu/cross_attention.cpp."""
+    d_q, d_k, d_v = (rows_first(tensor, *tensor.shape[2:]) for tensor in (q, k, v))
+    if mask is not None:  # masked keys are never visited
+        d_k.zero_()
+        d_v.zero_()
+    lse = lse.contiguous()
+    cpu_module().cross_attention_bwd(
+        describe_all((q, k, v, mask)),
+        scale,
+        (dropout_p, seed, 0),
+        describe_all((out, lse)),
+        describe(d_out),
+        describe_all((d_q, d_k, d_v)),
+        torch.get_num_threads(),
+    )
+    return d_q, d_k, d_v
+
+
 def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result, in huge pages where it is large: page faults cost more than filling it."""
     result = like.new_empty(shape, dtype=dtype)
