@@ -133,11 +133,9 @@ def _changed(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def _activation(function: Any) -> str | None:
+def _activation(function: nn.Module) -> str | None:
     """The name that our operators have for an activation, if they have it."""
-    if function is F.gelu:
-        return "gelu"
-    if isinstance(function, nn.Module) and any((function._forward_hooks, function._forward_pre_hooks)):
+    if not is_stock(function, type(function)):
         return None
     if type(function) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)
@@ -250,10 +248,8 @@ def _key_mask(mask: Tensor) -> Tensor | None:
         return None
     keys = mask[:, 0, 0]
     allowed = keys == 0
-    only_masks = (keys == torch.finfo(mask.dtype).min) | allowed
-    if not (only_masks.all() and allowed.any(1).all() and (mask == keys[:, None, None]).all()):
-        return None
-    return allowed
+    only_masks = (allowed | (keys == torch.finfo(mask.dtype).min)).all() & (mask == keys[:, None, None]).all()
+    return allowed if only_masks & allowed.any(1).all() else None
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

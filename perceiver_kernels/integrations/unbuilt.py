@@ -43,6 +43,9 @@ class Unbuilt:
             self._built = torch.cat([part.expand(self.shape[0], -1, -1) for part in parts], 1)
         return self._built
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __getitem__(self, index: Any) -> Tensor:
         return self.materialize()[index]
 
