@@ -434,27 +434,22 @@ def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor
     inner, norm, mlp = layer.attention.self, layer.layernorm, layer.mlp
     query_norm, output = inner.layernorm1, layer.attention.output.dense
     tokens = inner.layernorm2(z)
-    keys, values = project(inner.key, tokens), project(inner.value, tokens)
     fused = _changed("final_layer", final_layer, nn.Linear) is None
     activation = _activation(mlp.intermediate_act_fn)
     assert activation is not None
     dense = (mlp.dense1.weight, mlp.dense1.bias, mlp.dense2.weight, mlp.dense2.bias)
-    parts = [
-        decode_streamed(
-            part,
-            keys,
-            values,
-            QueryProjection(inner.query.weight, inner.query.bias, query_norm.weight, query_norm.bias, query_norm.eps),
-            OutputProjection(output.weight, output.bias),
-            heads=inner.num_heads,
-            dropout_p=_dropout_p(inner),
-            query_residual=layer.attention.use_query_residual,
-            mlp=FeedForwardWeights(norm.weight, norm.bias, *dense, activation, norm.eps),
-            final=OutputProjection(final_layer.weight, final_layer.bias) if fused else None,
-        )
-        for part in queries.segments
-    ]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    out = decode_streamed(
+        queries.segments,
+        project(inner.key, tokens),
+        project(inner.value, tokens),
+        QueryProjection(inner.query.weight, inner.query.bias, query_norm.weight, query_norm.bias, query_norm.eps),
+        OutputProjection(output.weight, output.bias),
+        heads=inner.num_heads,
+        dropout_p=_dropout_p(inner),
+        query_residual=layer.attention.use_query_residual,
+        mlp=FeedForwardWeights(norm.weight, norm.bias, *dense, activation, norm.eps),
+        final=OutputProjection(final_layer.weight, final_layer.bias) if fused else None,
+    )
     return out if fused else final_layer(out)
 
 
