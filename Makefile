@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 FORMATTED := $(SOURCES) $(wildcard tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 
+# Peers that tests compare with, without what they ask for beyond it: one does not know this Python, one needs a GPU.
+# Tests of a peer that cannot be installed are left out.
+PEERS := --ignore-requires-python perceiver-io==0.11.0 fairscale==0.4.13 flash-perceiver==0.2.0
+
 .PHONY: demo test bench lint format clean
 
 demo: $(VENV)/installed
@@ -33,6 +37,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	-$(BIN)/pip install -q --no-deps $(PEERS)
 	touch $@
 
 $(VENV)/linters: $(VENV)/installed

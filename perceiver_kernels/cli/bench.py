@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from perceiver_kernels.benchmarking import bars, compare, encoder_bars, machine, tables, tower_bars
+from perceiver_kernels.benchmarking import (
+    bars,
+    compare,
+    decoder_bars,
+    encoder_bars,
+    integration_bars,
+    machine,
+    tables,
+    tower_bars,
+)
 from perceiver_kernels.benchmarking.cases import CASES, MODES
 from perceiver_kernels.benchmarking.models import (
     MODEL_MODES,
@@ -26,7 +35,12 @@ from perceiver_kernels.benchmarking.providers import PROVIDERS
 from perceiver_kernels.cli.arguments import UserError, add_memory_limit, progress
 
 DEFAULT_CASES = ("imagenet",)
-BARS = {"encoder": encoder_bars.GROUPS, "tower": tower_bars.GROUPS}
+BARS = {
+    "encoder": encoder_bars.GROUPS,
+    "tower": tower_bars.GROUPS,
+    "decoder": decoder_bars.GROUPS,
+    "integrations": integration_bars.GROUPS,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         choices=("all", *BARS),
-        help="measure what this library holds itself to: of the encoder, of the latent tower, or all",
+        help="measure what this library holds itself to: of the encoder, of the latent tower, of the decoder, of other "
+        "libraries' models accelerated, or all",
     )
     parser.add_argument("--strict", action="store_true", help="with --bars: exit with 1 where a bar is missed")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
