@@ -25,11 +25,13 @@ CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
 KERNELS = [
+    "cross_attention",
     "latent_attention",
     "linear",
     "separable_attention",
     "separable_attention_tokens",
     "separable_layer_norm",
+    "separable_query_attention",
     "fourier_encode",
     "exp_rate",
 ]

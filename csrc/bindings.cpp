@@ -14,8 +14,14 @@ namespace {
 using pk::latent_inputs;
 using pk::separable_inputs;
 using pk::separable_outputs;
+using pk::separable_query_inputs;
 using pk::view;
 using pk::views;
+
+// (q, k, v, mask).
+pk::CrossInputs cross_inputs(const py::tuple& inputs, double scale, const py::tuple& dropout) {
+  return {latent_inputs(inputs, scale, dropout), view(inputs[3])};
+}
 
 pk::LinearEpilogue linear_epilogue(const py::handle& bias, int activation, bool gated) {
   return {view(bias), static_cast<pk::Activation>(activation), gated};
@@ -87,6 +93,38 @@ PYBIND11_MODULE(_cpu, module) {
                const auto upstream = view(d_out);
                const pk::LatentGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2])};
                run(threads, [&] { pk::cpu_ops().latent_attention_bwd(in, out, upstream, result); });
+             });
+
+  module.def("cross_attention_fwd", [](const py::tuple& inputs, double scale, const py::tuple& dropout,
+                                       const py::tuple& outputs, int threads) {
+    const auto in = cross_inputs(inputs, scale, dropout);
+    const pk::LatentOutputs out{view(outputs[0]), view(outputs[1])};
+    run(threads, [&] { pk::cpu_ops().cross_attention_fwd(in, out); });
+  });
+  module.def("cross_attention_bwd",
+             [](const py::tuple& inputs, double scale, const py::tuple& dropout, const py::tuple& saved,
+                const py::handle& d_out, const py::tuple& gradients, int threads) {
+               const auto in = cross_inputs(inputs, scale, dropout);
+               const pk::LatentOutputs out{view(saved[0]), view(saved[1])};
+               const auto upstream = view(d_out);
+               const pk::LatentGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2])};
+               run(threads, [&] { pk::cpu_ops().cross_attention_bwd(in, out, upstream, result); });
+             });
+  module.def("separable_query_attention_fwd", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                                 const py::tuple& dropout, const py::tuple& outputs, int threads) {
+    const auto in = separable_query_inputs(inputs, grid, dropout);
+    const pk::LatentOutputs out{view(outputs[0]), view(outputs[1])};
+    run(threads, [&] { pk::cpu_ops().separable_query_attention_fwd(in, out); });
+  });
+  module.def("separable_query_attention_bwd",
+             [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
+                const py::tuple& saved, const py::handle& d_out, const py::tuple& gradients, int threads) {
+               const auto in = separable_query_inputs(inputs, grid, dropout);
+               const pk::LatentOutputs out{view(saved[0]), view(saved[1])};
+               const auto upstream = view(d_out);
+               const pk::SeparableQueryGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2]),
+                                                        view(gradients[3]), view(gradients[4])};
+               run(threads, [&] { pk::cpu_ops().separable_query_attention_bwd(in, out, upstream, result); });
              });
 
   module.def("linear_epilogue_fwd", [](const py::handle& bias, int activation, bool gated, const py::handle& product,

@@ -60,8 +60,8 @@ struct LatentInputs {
   Dropout dropout;
 };
 
-// Inputs of separable_query_attention, all but x contiguous. Keys that nothing attends to are zeros in form and v. A
-// dropout row is head * M + query, M the grid's size.
+// Inputs of separable_query_attention, all but x contiguous; on CPUs v and r have any strides, too. Keys that nothing
+// attends to are zeros in form and v. A dropout row is head * M + query, M the grid's size.
 struct SeparableQueryInputs {
   TensorView form;  // [B|1, H, c + sum of S_k, N]: k, then the tables
   TensorView v;     // [B, H, N, Dv]
@@ -88,6 +88,16 @@ struct SeparableQueryKeyGradients {
   TensorView h;      // [B, H, parts, N]
 };
 
+// Gradients of separable_query_attention on CPUs, contiguous and summed over the queries of one batch entry: the caller
+// adds those up where an input has batch 1. Undefined where not needed.
+struct SeparableQueryGradients {
+  TensorView form;  // [B, H, c + sum of S_k, N]
+  TensorView v;     // [B, H, N, Dv]
+  TensorView h;     // [B, H, N]
+  TensorView x;     // [B, M, c]
+  TensorView r;     // [B, M]
+};
+
 struct LatentOutputs {
   TensorView out;  // [B, H, N, Dv], channels contiguous
   TensorView lse;  // [B, H, N], contiguous
@@ -95,6 +105,11 @@ struct LatentOutputs {
 
 struct LatentGradients {
   TensorView q, k, v;  // as the inputs, channels contiguous
+};
+
+// Cross-attention is the same of the keys that a mask leaves. Gradients of the others are never written.
+struct CrossInputs : LatentInputs {
+  TensorView mask;  // [B, M], boolean, or undefined
 };
 
 // What follows the product x @ weight^T: out = f(product + bias) + residual. Gated: the product's first half times f of
@@ -125,6 +140,13 @@ struct CpuOps {
   void (*latent_attention_fwd)(const LatentInputs&, const LatentOutputs&);
   void (*latent_attention_bwd)(const LatentInputs&, const LatentOutputs& saved, const TensorView& d_out,
                                const LatentGradients&);
+  void (*cross_attention_fwd)(const CrossInputs&, const LatentOutputs&);
+  void (*cross_attention_bwd)(const CrossInputs&, const LatentOutputs& saved, const TensorView& d_out,
+                              const LatentGradients&);
+  // Of queries on a grid; the outputs are as latent attention's.
+  void (*separable_query_attention_fwd)(const SeparableQueryInputs&, const LatentOutputs&);
+  void (*separable_query_attention_bwd)(const SeparableQueryInputs&, const LatentOutputs& saved,
+                                        const TensorView& d_out, const SeparableQueryGradients&);
   // product [M, N], residual and out [M, N or N / 2], each of any floating dtype but float64 only for a float64
   // product; columns contiguous. out may be the product or the residual itself.
   void (*linear_epilogue_fwd)(const LinearEpilogue&, const TensorView& product, const TensorView& residual,

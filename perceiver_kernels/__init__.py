@@ -9,6 +9,7 @@ from perceiver_kernels.integrations import accelerate, restore
 from perceiver_kernels.modules import (
     CrossAttention,
     FeedForward,
+    GridTokens,
     Perceiver,
     PerceiverIO,
     PerceiverLM,
@@ -29,6 +30,7 @@ __all__ = [
     "FeedForward",
     "FourierEncoding",
     "FourierGrid",
+    "GridTokens",
     "Perceiver",
     "PerceiverIO",
     "PerceiverLM",

@@ -17,6 +17,11 @@
   void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                           \
   void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                            \
   void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&); \
+  void cross_attention_fwd(const CrossInputs&, const LatentOutputs&);                                              \
+  void cross_attention_bwd(const CrossInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&);   \
+  void separable_query_attention_fwd(const SeparableQueryInputs&, const LatentOutputs&);                           \
+  void separable_query_attention_bwd(const SeparableQueryInputs&, const LatentOutputs&, const TensorView&,         \
+                                     const SeparableQueryGradients&);                                              \
   void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);        \
   void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,         \
                            const TensorView&);                                                                     \
@@ -31,6 +36,10 @@
             fourier_encode_points,                                                                                 \
             latent_attention_fwd,                                                                                  \
             latent_attention_bwd,                                                                                  \
+            cross_attention_fwd,                                                                                   \
+            cross_attention_bwd,                                                                                   \
+            separable_query_attention_fwd,                                                                         \
+            separable_query_attention_bwd,                                                                         \
             linear_epilogue_fwd,                                                                                   \
             linear_epilogue_bwd,                                                                                   \
             exp_rate};                                                                                             \

@@ -76,5 +76,13 @@ inline void dropout_row(const Dropout& dropout, int64_t batch_index, int64_t row
   }
 }
 
+// The same for tokens that are listed in ascending order.
+template <class T>
+inline void dropout_tokens(const Dropout& dropout, int64_t batch_index, int64_t row, const int64_t* tokens,
+                           int64_t count, T* keep) {
+  DropoutScales<T, 1> scales(dropout, batch_index, row);
+  for (int64_t i = 0; i < count; ++i) scales.of_token(tokens[i], keep + i);
+}
+
 }  // namespace
 }  // namespace pk

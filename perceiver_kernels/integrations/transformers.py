@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,15 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 
 from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
-from perceiver_kernels.integrations.unbuilt import UnbuiltTokens, built
-from perceiver_kernels.modules.folding import choose_path
+from perceiver_kernels.integrations.unbuilt import Unbuilt, built, segment_length
+from perceiver_kernels.modules.decoder import (
+    FeedForwardWeights,
+    GridQueries,
+    OutputProjection,
+    QueryProjection,
+    decode_streamed,
+)
+from perceiver_kernels.modules.folding import choose_path, separable_cross_attention
 from perceiver_kernels.modules.projection import is_stock, project
 from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
 from perceiver_kernels.ops.cross_attention import cross_attention
@@ -29,8 +36,8 @@ def plan(model: nn.Module) -> list[Swap | Left] | None:
     for name, module in model.named_modules():
         if type(module) is theirs.PerceiverLayer:
             steps += _plan_layer(name, module)
-        elif type(module) is theirs.PerceiverModel:
-            steps += _plan_preprocessors(name, module)
+        elif isinstance(module, theirs.PerceiverModel) and type(module).forward is theirs.PerceiverModel.forward:
+            steps += _plan_preprocessors(name, module) + _plan_decoders(name, module)
     return steps or None
 
 
@@ -44,7 +51,7 @@ class PerceiverLayer(theirs.PerceiverLayer, Accelerated):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        inputs: Tensor | UnbuiltTokens | None = None,
+        inputs: Tensor | Unbuilt | None = None,
         inputs_mask: Tensor | None = None,
         output_attentions: bool | None = False,
     ) -> tuple[Tensor, ...]:
@@ -126,11 +133,9 @@ def _changed(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
-def _activation(function: Any) -> str | None:
+def _activation(function: nn.Module) -> str | None:
     """The name that our operators have for an activation, if they have it."""
-    if function is F.gelu:
-        return "gelu"
-    if isinstance(function, nn.Module) and any((function._forward_hooks, function._forward_pre_hooks)):
+    if not is_stock(function, type(function)):
         return None
     if type(function) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)
@@ -143,7 +148,7 @@ def _attend(
     attention: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    inputs: Tensor | UnbuiltTokens | None,
+    inputs: Tensor | Unbuilt | None,
     inputs_mask: Tensor | None,
 ) -> tuple[Tensor] | None:
     """What PerceiverAttention gives, or None where that itself has to compute it."""
@@ -173,29 +178,33 @@ def _attend_among(inner: Any, x: Tensor) -> Tensor:
     return _merge_heads(latent_attention(q, k, v, dropout_p=_dropout_p(inner)))
 
 
-def _attend_to(inner: Any, x: Tensor, inputs: Tensor | UnbuiltTokens, mask: Tensor | None) -> Tensor:
+def _attend_to(inner: Any, x: Tensor, inputs: Tensor | Unbuilt, mask: Tensor | None) -> Tensor:
     """Cross-attention: tokens on grids are read as they are, dense ones in their own channels if that is less work."""
     if x.shape[0] > 1 and x.stride(0) == 0:  # latents that all inputs share
         x = x[:1]
     query = project(inner.query, inner.layernorm1(x))
-    segments: tuple[Segment, ...] = inputs.segments if isinstance(inputs, UnbuiltTokens) else (inputs,)
-    if len(segments) == 1 and _path(inner, x.shape[1], segments[0]) == "projected":
+    segments = cast(tuple[Segment, ...], inputs.segments if isinstance(inputs, Unbuilt) else (inputs,))
+    path = _path(inner, x.shape[1], segments[0]) if len(segments) == 1 else "segmented"
+    if path == "projected":
         return _attend_projected(inner, query, built(inputs), mask)
-    norm = inner.layernorm2
-    normed = isinstance(norm, nn.LayerNorm)
-    projections = KeysAndValues(
-        inner.key.weight,
-        inner.key.bias,
-        inner.value.weight,
-        inner.value.bias,
-        norm.weight if normed else None,
-        norm.bias if normed else None,
-        norm.eps if normed else None,
-    )
-    scale, dropout_p = inner.qk_channels_per_head**-0.5, _dropout_p(inner)
-    return segmented_cross_attention(
-        query, segments, mask, projections, heads=inner.num_heads, scale=scale, dropout_p=dropout_p
-    )
+    norm, key, value = inner.layernorm2, inner.key, inner.value
+    normed = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, None)
+    options: dict[str, Any] = {
+        "heads": inner.num_heads,
+        "scale": inner.qk_channels_per_head**-0.5,
+        "dropout_p": _dropout_p(inner),
+    }
+    first = segments[0]
+    if path == "separable" and isinstance(first, GridTokens) and key.out_features == value.out_features:
+        options |= dict(zip(("norm_weight", "norm_bias", "eps"), normed, strict=True))
+        options |= {"kv_weight": torch.cat((key.weight, value.weight)), "kv_bias": _joined(key.bias, value.bias)}
+        return separable_cross_attention(query, first.data, first.grid, mask, **options)
+    projections = KeysAndValues(key.weight, key.bias, value.weight, value.bias, *normed)
+    return segmented_cross_attention(query, segments, mask, projections, **options)
+
+
+def _joined(key_bias: Tensor | None, value_bias: Tensor | None) -> Tensor | None:
+    return None if key_bias is None or value_bias is None else torch.cat((key_bias, value_bias))
 
 
 def _attend_projected(inner: Any, query: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -239,10 +248,8 @@ def _key_mask(mask: Tensor) -> Tensor | None:
         return None
     keys = mask[:, 0, 0]
     allowed = keys == 0
-    only_masks = (keys == torch.finfo(mask.dtype).min) | allowed
-    if not (only_masks.all() and allowed.any(1).all() and (mask == keys[:, None, None]).all()):
-        return None
-    return allowed
+    only_masks = (allowed | (keys == torch.finfo(mask.dtype).min)).all() & (mask == keys[:, None, None]).all()
+    return allowed if only_masks & allowed.any(1).all() else None
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -264,7 +271,7 @@ class PerceiverImagePreprocessor(theirs.PerceiverImagePreprocessor, Accelerated)
     ) -> tuple[Any, Tensor]:
         if not network_input_is_1d or _positions_obstacle(self, inputs.ndim - 2):
             return super()._build_network_inputs(inputs, network_input_is_1d, interpolate_pos_encoding)
-        return _unbuilt(inputs, self.position_embeddings)
+        return _on_grid(inputs, self.position_embeddings)
 
 
 class PerceiverAudioPreprocessor(theirs.PerceiverAudioPreprocessor, Accelerated):
@@ -273,7 +280,7 @@ class PerceiverAudioPreprocessor(theirs.PerceiverAudioPreprocessor, Accelerated)
     def _build_network_inputs(self, inputs: Tensor) -> tuple[Any, Tensor]:
         if _positions_obstacle(self, inputs.ndim - 2):
             return super()._build_network_inputs(inputs)
-        return _unbuilt(inputs, self.position_embeddings)
+        return _on_grid(inputs, self.position_embeddings)
 
 
 class PerceiverMultimodalPreprocessor(theirs.PerceiverMultimodalPreprocessor, Accelerated):
@@ -285,25 +292,25 @@ class PerceiverMultimodalPreprocessor(theirs.PerceiverMultimodalPreprocessor, Ac
         pos: Tensor | None = None,
         network_input_is_1d: bool = True,
         interpolate_pos_encoding: bool = False,
-    ) -> tuple[UnbuiltTokens, dict[str, int], dict[str, Tensor]]:
+    ) -> tuple[Unbuilt, dict[str, int], dict[str, Tensor]]:
         segments, without_pos = {}, {}
         for modality, preprocessor in self.modalities.items():
             tokens, _, without_pos[modality] = preprocessor(
                 inputs[modality], pos=pos, network_input_is_1d=network_input_is_1d
             )
             segments[modality] = self._padded(modality, tokens)
-        order = sorted(segments)
-        return UnbuiltTokens([segments[m] for m in order]), {m: segments[m].shape[1] for m in segments}, without_pos
+        sizes = {modality: segment.shape[1] for modality, segment in segments.items()}
+        return _unbuilt([segments[modality] for modality in sorted(segments)]), sizes, without_pos
 
-    def _padded(self, modality: str, tokens: Tensor | UnbuiltTokens) -> Segment:
+    def _padded(self, modality: str, tokens: Tensor | Unbuilt) -> Segment:
         """A modality's tokens with their padding, and masked as mask_probs has it."""
         padding, mask_prob = self.padding[modality][0], self.mask_probs.get(modality, 0.0)
         if modality in self.mask_probs and mask_prob == 0:  # as there, the mask's token gets gradients, all zero
             padding = padding + 0 * self.mask[modality][0, : padding.shape[0]]
-        if isinstance(tokens, UnbuiltTokens) and mask_prob == 0:
+        if isinstance(tokens, Unbuilt) and mask_prob == 0:
             segment = tokens.segments[0]
             assert isinstance(segment, GridTokens)
-            return dataclasses.replace(segment, constant=padding)
+            return GridTokens(segment.grid, segment.data, padding)
         array = built(tokens)
         padded = torch.cat((array, padding.expand(*array.shape[:2], -1)), 2)
         if mask_prob == 0:
@@ -341,32 +348,155 @@ def _submodules(prefix: str, name: str, module: Any) -> list[tuple[str, nn.Modul
 
 def _positions_obstacle(preprocessor: Any, axes: int | None = None) -> str | None:
     """Why an encoder cannot read a preprocessor's data as they are: their positions are not Fourier features."""
-    positions = preprocessor.position_embeddings
-    if type(positions) is not theirs.PerceiverFourierPositionEncoding:
-        return "its positions are not Fourier features: the encoder takes the tokens as an array"
     if preprocessor.concat_or_add_pos != "concat":
         return "it adds positions to the data: the encoder takes the tokens as an array"
-    if type(preprocessor.positions_projection) is not nn.Identity:
-        return "it projects its positions: the encoder takes the tokens as an array"
+    return _fourier_obstacle(preprocessor.position_embeddings, preprocessor.positions_projection, axes)
+
+
+def _fourier_obstacle(positions: Any, projection: nn.Module, axes: int | None = None) -> str | None:
+    """Why positions are not plain Fourier features, of so many axes."""
+    if type(positions) is not theirs.PerceiverFourierPositionEncoding:
+        return "its positions are not Fourier features: they are taken as an array"
+    if type(projection) is not nn.Identity:
+        return "it projects its positions: they are taken as an array"
     if axes not in (None, len(positions.max_resolution)):
         return f"its data have {axes} axes, its positions {len(positions.max_resolution)}"
     return _changed("position_embeddings", positions, theirs.PerceiverFourierPositionEncoding)
 
 
-def _unbuilt(data: Tensor, positions: Any) -> tuple[UnbuiltTokens, Tensor]:
+def _on_grid(data: Tensor, positions: Any) -> tuple[Unbuilt, Tensor]:
     """Data (batch, *axes, channels) as tokens with their positions' features; and as (batch, M, channels) without."""
-    grid = fourier_grid(positions, tuple(data.shape[1:-1]))
-    return UnbuiltTokens([GridTokens(data, grid)]), data.flatten(1, -2)
+    return _unbuilt([GridTokens(fourier_grid(positions, tuple(data.shape[1:-1])), data)]), data.flatten(1, -2)
 
 
-def fourier_grid(positions: Any, shape: tuple[int, ...]) -> FourierGrid:
+def _unbuilt(segments: list[Segment]) -> Unbuilt:
+    return Unbuilt(segments, segments[0].shape[0], segments[0].device, segments[0].dtype)
+
+
+def fourier_grid(positions: Any, shape: Sequence[int], *, endpoint: bool = True) -> FourierGrid:
     """The grid whose features a PerceiverFourierPositionEncoding gives for data of this shape."""
     return FourierGrid(
-        shape,
+        tuple(shape),
         num_bands=positions.num_bands,
         max_freq=tuple(map(float, positions.max_resolution)),
         order="grouped",
         concat_pos=positions.concat_pos,
         sine_only=positions.sine_only,
+        endpoint=endpoint,
         precision="float32",
     )
+
+
+# --- decoders ---------------------------------------------------------------------------------------------------------
+
+
+class PerceiverBasicDecoder(theirs.PerceiverBasicDecoder, Accelerated):
+    """transformers' PerceiverBasicDecoder: queries on a grid stay unbuilt, and are decoded block after block."""
+
+    def decoder_query(
+        self,
+        inputs: Any,
+        modality_sizes: Any = None,
+        inputs_without_pos: Any = None,
+        subsampled_points: Tensor | None = None,
+    ) -> Any:
+        if subsampled_points is None or self.concat_preprocessed_input or self._obstacle():
+            return super().decoder_query(inputs, modality_sizes, inputs_without_pos, subsampled_points)
+        grid = fourier_grid(self.output_position_encodings, self.output_index_dims, endpoint=False)
+        points = subsampled_points.to(inputs.device)
+        queries: GridQueries | Tensor = GridQueries(grid)
+        if not torch.equal(points, torch.arange(grid.num_positions, device=points.device)):
+            queries = GridQueries(grid).at(points, inputs.dtype)
+        return Unbuilt([queries], inputs.shape[0], inputs.device, inputs.dtype)
+
+    def _obstacle(self) -> str | None:
+        if self.position_encoding_type != "fourier" or isinstance(self.output_index_dims, int):
+            return "its positions are not Fourier features"
+        return _fourier_obstacle(self.output_position_encodings, self.positions_projection, len(self.output_index_dims))
+
+    def forward(
+        self, query: Any, z: Tensor, query_mask: Tensor | None = None, output_attentions: bool | None = False
+    ) -> Any:
+        layer = self.decoding_cross_attention
+        if (
+            output_attentions
+            or not isinstance(query, Unbuilt)
+            or type(layer) is not PerceiverLayer
+            or _attention_obstacle(layer.attention)
+            or _mlp_obstacle(layer)
+        ):
+            return super().forward(built(query), z, query_mask, output_attentions)
+        return theirs.PerceiverDecoderOutput(logits=_decode(layer, self.final_layer, query, z))
+
+
+def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor:
+    """A decoder's cross-attention layer and final projection, for queries that are nowhere in memory as a whole."""
+    inner, norm, mlp = layer.attention.self, layer.layernorm, layer.mlp
+    query_norm, output = inner.layernorm1, layer.attention.output.dense
+    tokens = inner.layernorm2(z)
+    fused = _changed("final_layer", final_layer, nn.Linear) is None
+    activation = _activation(mlp.intermediate_act_fn)
+    assert activation is not None
+    dense = (mlp.dense1.weight, mlp.dense1.bias, mlp.dense2.weight, mlp.dense2.bias)
+    out = decode_streamed(
+        queries.segments,
+        project(inner.key, tokens),
+        project(inner.value, tokens),
+        QueryProjection(inner.query.weight, inner.query.bias, query_norm.weight, query_norm.bias, query_norm.eps),
+        OutputProjection(output.weight, output.bias),
+        heads=inner.num_heads,
+        dropout_p=_dropout_p(inner),
+        query_residual=layer.attention.use_query_residual,
+        mlp=FeedForwardWeights(norm.weight, norm.bias, *dense, activation, norm.eps),
+        final=OutputProjection(final_layer.weight, final_layer.bias) if fused else None,
+    )
+    return out if fused else final_layer(out)
+
+
+class PerceiverMultimodalDecoder(theirs.PerceiverMultimodalDecoder, Accelerated):
+    """transformers' PerceiverMultimodalDecoder: modalities' queries stay segments, their padding a constant of each."""
+
+    def decoder_query(
+        self, inputs: Any, modality_sizes: Any, inputs_without_pos: Any = None, subsampled_points: Any = None
+    ) -> Unbuilt:
+        by_modality = _by_modality(inputs, modality_sizes)
+        without_pos, points = inputs_without_pos or {}, subsampled_points or {}
+        segments = []
+        for modality in sorted(self.modalities):
+            queries = self.modalities[modality].decoder_query(
+                inputs=by_modality[modality],
+                modality_sizes=None,
+                inputs_without_pos=without_pos.get(modality),
+                subsampled_points=points.get(modality),
+            )
+            segments.append(self._padded(queries, self.padding[modality][0]))
+        return Unbuilt(segments, inputs.shape[0], inputs.device, inputs.dtype)
+
+    def _padded(self, queries: Tensor | Unbuilt, padding: Tensor) -> GridQueries | Tensor:
+        part = queries.segments[0] if isinstance(queries, Unbuilt) else queries.flatten(1, -2)
+        if isinstance(part, GridQueries):
+            return GridQueries(part.grid, part.data, padding)
+        return torch.cat((part, padding.expand(*part.shape[:2], -1)), 2)
+
+
+def _by_modality(inputs: Any, sizes: dict[str, int]) -> dict[str, Any]:
+    """transformers' `restructure`, building nothing where each modality is a segment."""
+    order = sorted(sizes)
+    if isinstance(inputs, Unbuilt) and [*map(segment_length, inputs.segments)] == [sizes[m] for m in order]:
+        segments = zip(order, inputs.segments, strict=True)
+        return {m: Unbuilt([part], inputs.shape[0], inputs.device, inputs.dtype) for m, part in segments}
+    return theirs.restructure(sizes, inputs)
+
+
+def _plan_decoders(name: str, model: Any) -> list[Swap | Left]:
+    """Swaps for what makes queries in a PerceiverModel, and for what decodes them."""
+    return [
+        Swap(part, module, _DECODERS[type(module)])
+        for part, module in _submodules(name, "decoder", model.decoder)
+        if type(module) in _DECODERS
+    ]
+
+
+_DECODERS: dict[type, type[nn.Module]] = {
+    kind.original: kind for kind in (PerceiverBasicDecoder, PerceiverMultimodalDecoder)
+}

@@ -5,10 +5,12 @@ from perceiver_kernels.modules.checkpoints import upgrade_state_dict
 from perceiver_kernels.modules.feed_forward import FeedForward
 from perceiver_kernels.modules.perceiver import Perceiver
 from perceiver_kernels.modules.perceiver_io import PerceiverIO, PerceiverLM
+from perceiver_kernels.modules.segments import GridTokens
 
 __all__ = [
     "CrossAttention",
     "FeedForward",
+    "GridTokens",
     "Perceiver",
     "PerceiverIO",
     "PerceiverLM",

@@ -8,7 +8,7 @@ on the encoder's side (folding.py), the summands of z are projected instead of z
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -216,11 +216,11 @@ def fold_queries(queries: GridQueries, keys: Tensor, query: QueryProjection, sca
     x = None
     if queries.data is not None:
         x = queries.data.reshape(queries.batch, queries.grid.num_positions, queries.data_channels).to(dtype)
-    r = None if query.eps is None else _reciprocal_deviation(queries, query.eps, keys.device, dtype)
+    r = None if query.eps is None else reciprocal_deviation(queries, query.eps, keys.device, dtype)
     return FoldedQueries(queries.grid.shape, form, h, x, r)
 
 
-def _reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """LayerNorm's r of every query, (batch or 1, M)."""
     grid, constant = queries.grid, queries.constant
     sums, squares = grid.feature_sums(device, dtype)
@@ -276,7 +276,7 @@ def separable_query_cross_attention(
 
 
 def decode_streamed(
-    queries: GridQueries | Tensor,
+    queries: GridQueries | Tensor | Sequence[GridQueries | Tensor],
     keys: Tensor,
     values: Tensor,
     query: QueryProjection,
@@ -298,7 +298,7 @@ def decode_streamed(
 
     Args:
         queries: on a grid; or written out, (batch or 1, O, channels), which take the dense path. What the latter give
-            for `GridQueries.at` of some positions is what the former give there.
+            for `GridQueries.at` of some positions is what the former give there. Or a sequence of such segments.
         keys, values, query, output, heads, scale, mask, dropout_p: as in `separable_query_cross_attention`.
         query_residual: whether the queries are added to the projected attention, which has as many channels.
         mlp: the MLP, or None.
@@ -315,38 +315,48 @@ def decode_streamed(
     Memory: the result and some times block_bytes, however many queries there are; with recompute so in training, too.
     Source: Jaegle et al. 2022, arXiv:2107.14795.
     """
-    _check(queries, keys, values, query, output, heads)
-    attention = _Attention(queries, keys, values, query, output, heads, scale, mask, dropout_p)
-    if query_residual and attention.channels != query.weight.shape[1]:
+    segments = [queries] if isinstance(queries, (GridQueries, Tensor)) else queries
+    if not segments:
+        raise ValueError("queries is an empty sequence, must have at least one segment")
+    for segment in segments:
+        _check(segment, keys, values, query, output, heads)
+    attentions = [
+        _Attention(segment, keys, values, query, output, heads, scale, mask, dropout_p) for segment in segments
+    ]
+    channels = attentions[0].channels
+    if query_residual and channels != query.weight.shape[1]:
         raise ValueError(
-            f"query_residual is True, must be False where the attention gives {attention.channels} channels and "
+            f"query_residual is True, must be False where the attention gives {channels} channels and "
             f"queries have {query.weight.shape[1]}"
         )
 
-    def decode(part: Part) -> Tensor:
+    def decode(attention: _Attention, part: Part) -> Tensor:
         y = attention(part, residual=query_residual)
         if mlp is not None:
             y = feed_forward(y, *mlp[:6], activation=mlp.activation, eps=mlp.eps, residual=y)
-        return y if final is None else linear(y, *final)
+        y = y if final is None else linear(y, *final)
+        return y.expand(batch, -1, -1)
 
-    widest = max(attention.widest, 0 if mlp is None else mlp.weight_in.shape[0])
-    parts = attention.parts(max(block_bytes // (max(attention.batch, 1) * widest * values.element_size()), 1))
-    if len(parts) == 1:
-        return decode(parts[0])
-    if torch.is_grad_enabled() and attention.requires_grad(mlp, final):
+    batch = max(attention.batch for attention in attentions)
+    widest = max(attentions[0].widest, 0 if mlp is None else mlp.weight_in.shape[0])
+    most = max(block_bytes // (max(batch, 1) * widest * values.element_size()), 1)
+    blocks = [partial(decode, attention, part) for attention in attentions for part in attention.parts(most)]
+    if len(blocks) == 1:
+        return blocks[0]()
+    if torch.is_grad_enabled() and any(attention.requires_grad(mlp, final) for attention in attentions):
         if not recompute:
-            return torch.cat([decode(part) for part in parts], 1)
-        return torch.cat([checkpoint(partial(decode, part), use_reentrant=False) for part in parts], 1)
-    return _filled(decode, parts, attention)
+            return torch.cat([block() for block in blocks], 1)
+        return torch.cat([checkpoint(block, use_reentrant=False) for block in blocks], 1)
+    return _filled(blocks, sum(attention.num_queries for attention in attentions))
 
 
-def _filled(decode: Callable[[Part], Tensor], parts: list[Part], attention: _Attention) -> Tensor:
+def _filled(blocks: Sequence[Callable[[], Tensor]], num_queries: int) -> Tensor:
     """All blocks in one array, of which there is never a second."""
     out, start = None, 0
-    for part in parts:
-        block = decode(part)
+    for decode in blocks:
+        block = decode()
         if out is None:
-            out = block.new_empty(block.shape[0], attention.num_queries, block.shape[2])
+            out = block.new_empty(block.shape[0], num_queries, block.shape[2])
         out[:, start : start + block.shape[1]] = block
         start += block.shape[1]
     assert out is not None

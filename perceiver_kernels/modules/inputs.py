@@ -39,7 +39,7 @@ class GridInputs(Inputs):
 
     def forward(self, data: Tensor) -> GridTokens:
         _check_data(data, (*self.grid.shape, self.data_channels))
-        return GridTokens(self.projection(data), self.grid)
+        return GridTokens(self.grid, self.projection(data))
 
 
 class ConvInputs(Inputs):
@@ -61,7 +61,7 @@ class ConvInputs(Inputs):
         _check_data(image, (*(4 * size for size in self.grid.shape), 3), "image")
         # JAX's "same": where an odd number of rows or columns is added, the last side gets more.
         maps = F.relu(self.norm(self.conv(F.pad(image.movedim(-1, 1), (2, 3, 2, 3)))))
-        return GridTokens(F.max_pool2d(maps, kernel_size=3, stride=2, ceil_mode=True).movedim(1, -1), self.grid)
+        return GridTokens(self.grid, F.max_pool2d(maps, kernel_size=3, stride=2, ceil_mode=True).movedim(1, -1))
 
 
 class LearnedPositionInputs(Inputs):
@@ -126,7 +126,7 @@ class PaddedModalities(Inputs):
         segments: list[Segment] = []
         for name, (grid, channels) in self.grids.items():
             _check_data(modalities[name], (*grid.shape, channels), name)
-            segments.append(GridTokens(modalities[name], grid, self.padding[name]))
+            segments.append(GridTokens(grid, modalities[name], self.padding[name]))
         batch = segments[0].shape[0]
         return segments + [self.mask[name].expand(batch, 1, -1) for name in self.hidden]
 

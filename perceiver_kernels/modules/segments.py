@@ -8,28 +8,25 @@ or its padding, count once per position of the first axis.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules.decoder import GridQueries, reciprocal_deviation
 from perceiver_kernels.modules.folding import separable_obstacle
 from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.separable_attention import merge_weights, separable_attention
-from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
 
-@dataclass(frozen=True)
-class GridTokens:
+class GridTokens(GridQueries):
     """The tokens [data ; Fourier features of the position ; constant] of all positions of a grid, not built.
 
     Args:
-        data: (batch, *grid.shape, c) or (batch, M, c), floating-point, any strides.
         grid: where the tokens stand and which features a position has.
+        data: (batch, *grid.shape, c) or (batch, M, c), floating-point, any strides.
         constant: (n,), channels that are the same for every token, such as a modality's embedding; None: n = 0.
 
     Raises:
@@ -37,26 +34,16 @@ class GridTokens:
     """
 
     data: Tensor
-    grid: FourierGrid
-    constant: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape, positions = self.grid.shape, self.grid.num_positions
-        if tuple(self.data.shape[1:-1]) not in (shape, (positions,)):
-            sizes = ", ".join(map(str, shape))
-            expected = f"(batch, {sizes}, channels) or (batch, {positions}, channels) for the grid"
-            raise ValueError(f"data has shape {tuple(self.data.shape)}, must be {expected}")
-        if not self.data.is_floating_point():
-            raise ValueError(f"data has dtype {self.data.dtype}, must be floating-point")
-        if self.constant is not None and self.constant.dim() != 1:
-            raise ValueError(f"constant has shape {tuple(self.constant.shape)}, must be (channels,)")
+        if not isinstance(self.data, Tensor):
+            raise ValueError(f"data is a {type(self.data).__name__}, must be a tensor")
+        super().__post_init__()
 
     @property
     def shape(self) -> torch.Size:
         """That of the tokens written out: (batch, M, c + E + n)."""
-        constants = 0 if self.constant is None else self.constant.shape[0]
-        channels = self.data.shape[-1] + self.grid.num_channels + constants
-        return torch.Size((self.data.shape[0], self.grid.num_positions, channels))
+        return torch.Size((self.batch, self.grid.num_positions, self.num_channels))
 
     @property
     def device(self) -> torch.device:
@@ -68,13 +55,34 @@ class GridTokens:
 
     def materialize(self) -> Tensor:
         """The tokens written out, (batch, M, c + E + n), in the data's dtype."""
-        tokens = self.grid.encode(data=self.data).flatten(1, -2)
-        if self.constant is None:
-            return tokens
-        return torch.cat((tokens, self.constant.to(tokens).expand(*tokens.shape[:-1], -1)), -1)
+        return self.encode(self.device, self.dtype)
 
 
-Segment = GridTokens | Tensor
+Segment: TypeAlias = GridTokens | Tensor
+
+
+def check_segments(segments: Sequence[Segment], channels: int) -> None:
+    """Raise a ValueError unless these are segments of one batch on one device, with tokens of so many channels."""
+    if not segments:
+        raise ValueError("context is an empty sequence, must have at least one segment")
+    first = segments[0]
+    for i, segment in enumerate(segments):
+        if not isinstance(segment, (GridTokens, Tensor)):
+            raise ValueError(f"context[{i}] is a {type(segment).__name__}, must be GridTokens or a tensor")
+        shape = tuple(segment.shape)
+        if len(shape) != 3 or shape[2] != channels or shape[0] != first.shape[0] or not shape[1]:
+            expected = f"({first.shape[0]}, tokens, {channels})"
+            raise ValueError(f"context[{i}] has tokens of shape {shape}, must be {expected}, as the first's batch is")
+        if segment.device != first.device:
+            raise ValueError(f"context[{i}] is on {segment.device}, must be on {first.device} as the first is")
+        if not segment.dtype.is_floating_point:
+            raise ValueError(f"context[{i}] has dtype {segment.dtype}, must be floating-point")
+
+
+def materialized(segments: Sequence[Segment]) -> Tensor:
+    """The tokens of all segments written out, (batch, M, C)."""
+    parts = [part.materialize() if isinstance(part, GridTokens) else part for part in segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class KeysAndValues(NamedTuple):
@@ -168,7 +176,7 @@ class _Folded:
         return self._attend_to_tokens(segment, mask)
 
     def _attend_to_grid(self, tokens: GridTokens, mask: Tensor | None) -> PartialState:
-        grid, constant = tokens.grid, tokens.constant
+        grid = tokens.grid
         x = tokens.data.reshape(tokens.data.shape[0], *grid.shape, -1)
         keys, values = (
             self._summands(tokens, weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
@@ -176,7 +184,7 @@ class _Folded:
         )  # heads, entries, head_dim
         form = (self.query @ keys.transpose(1, 2)).flatten(1, 2)
         a, *tables = form.split((x.shape[-1], *grid.shape), 2)
-        r = None if self.eps is None else _reciprocal_deviation(x, grid, constant, self.eps, self.dtype)
+        r = None if self.eps is None else reciprocal_deviation(tokens, self.eps, x.device, self.dtype)
         on_grid = None if mask is None else mask.reshape(x.shape[:-1])
         state = separable_attention(a, tables, x, r, mask=on_grid, dropout_p=self.dropout_p)
         weighted = torch.cat((state.acc, *state.marginals), 2).unflatten(1, (self.heads, -1)) @ values
@@ -205,15 +213,3 @@ class _Folded:
         if self.constant is not None:
             out = out + total[..., None] * self.constant.unflatten(0, (self.heads, -1))
         return out.flatten(2)
-
-
-def _reciprocal_deviation(
-    x: Tensor, grid: FourierGrid, constant: Tensor | None, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """LayerNorm's r of every token, (batch, *grid.shape)."""
-    sums, squares = grid.feature_sums(x.device, dtype)
-    channels = grid.num_channels
-    if constant is not None:
-        constant, channels = constant.to(dtype), channels + constant.shape[0]
-        sums, squares = (sums[0] + constant.sum(), *sums[1:]), (squares[0] + constant.square().sum(), *squares[1:])
-    return separable_layer_norm(x, sums, squares, feature_channels=channels, eps=eps)

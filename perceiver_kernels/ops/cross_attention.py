@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import cross_attention as reference
-from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
 from perceiver_kernels.ops.validation import COMPUTE_DTYPES, DTYPES, autocast, check_devices, check_key_mask, check_qkv
@@ -19,6 +20,7 @@ OP = "cross_attention"
 MAX_HEAD_DIM = 1024
 
 declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_HEAD_DIM))
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES, channels=(1, MAX_HEAD_DIM))
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 

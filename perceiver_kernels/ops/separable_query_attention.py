@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import separable_query_attention as reference
-from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
 from perceiver_kernels.ops.validation import (
@@ -57,6 +58,7 @@ declare_gpu(
     axes=(1, MAX_AXES),
     channels=(1, TRITON_MAX_HEAD_DIM),
 )
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES, axes=(1, MAX_AXES))
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
