@@ -158,7 +158,7 @@ def test_same_results_and_gradients(name: str, masked: bool) -> None:
 def test_positions_are_not_written_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from perceiver.model.core.position import FourierPositionEncoding
 
-    from perceiver_kernels.integrations.unbuilt import UnbuiltTokens
+    from perceiver_kernels.integrations.unbuilt import Unbuilt
 
     model = make(name).float()
     accelerate(model)
@@ -168,7 +168,7 @@ def test_positions_are_not_written_out(name: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(FourierPositionEncoding, "forward", refuse)
     if name == "flow":  # neither for the encoder nor for the decoder's queries
-        monkeypatch.setattr(UnbuiltTokens, "materialize", refuse)
+        monkeypatch.setattr(Unbuilt, "materialize", refuse)
     with torch.no_grad():
         model(make_input(name).float())
 

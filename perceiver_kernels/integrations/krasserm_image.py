@@ -10,10 +10,8 @@ from typing import Any
 from perceiver.model.vision.image_classifier.backend import ImageInputAdapter
 from torch import Tensor
 
-from perceiver_kernels.integrations.krasserm_perceiver_io import grid_of
+from perceiver_kernels.integrations.krasserm_perceiver_io import grid_of, tokens_on_grid
 from perceiver_kernels.integrations.swap import Accelerated
-from perceiver_kernels.integrations.unbuilt import UnbuiltTokens
-from perceiver_kernels.modules.segments import GridTokens
 
 
 class ImageAdapter(ImageInputAdapter, Accelerated):
@@ -22,4 +20,4 @@ class ImageAdapter(ImageInputAdapter, Accelerated):
     def forward(self, x: Tensor) -> Any:
         if tuple(x.shape[1:]) != tuple(self.image_shape) or not x.is_floating_point():
             return super().forward(x)
-        return UnbuiltTokens([GridTokens(x, grid_of(self.position_encoding))])
+        return tokens_on_grid(grid_of(self.position_encoding), x)

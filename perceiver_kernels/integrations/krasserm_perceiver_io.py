@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.integrations.parts import Part, all_stock, obstacle
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
-from perceiver_kernels.integrations.unbuilt import UnbuiltTokens, built
+from perceiver_kernels.integrations.unbuilt import Unbuilt, built
 from perceiver_kernels.modules.decoder import (
     GridQueries,
     OutputProjection,
@@ -53,8 +53,8 @@ class CrossAttention(theirs.CrossAttention, Accelerated):
 
     def forward(
         self,
-        x_q: Tensor | UnbuiltTokens,
-        x_kv: Tensor | UnbuiltTokens | None = None,
+        x_q: Tensor | Unbuilt,
+        x_kv: Tensor | Unbuilt | None = None,
         x_kv_prefix: Tensor | None = None,
         pad_mask: Tensor | None = None,
         *args: Any,
@@ -128,14 +128,14 @@ def _parts_of_self(module: Any) -> Iterator[Part]:
 
 
 def _attend(
-    attention: Any, query: Tensor, tokens: Tensor | UnbuiltTokens, norm: nn.LayerNorm | None, pad_mask: Tensor | None
+    attention: Any, query: Tensor, tokens: Tensor | Unbuilt, norm: nn.LayerNorm | None, pad_mask: Tensor | None
 ) -> Tensor:
     """Attention of a projected query (batch or 1, N, channels), with an input's pads all of them: to all its tokens."""
     mask = None
     if pad_mask is not None:
         all_pads = pad_mask.all(dim=1, keepdim=True)
         query, mask = query.masked_fill(all_pads[..., None], 0.0), ~pad_mask | all_pads
-    segments: tuple[Segment, ...] = tokens.segments if isinstance(tokens, UnbuiltTokens) else (tokens,)
+    segments = cast(tuple[Segment, ...], tokens.segments if isinstance(tokens, Unbuilt) else (tokens,))
     if norm is None or (len(segments) == 1 and _path(attention, query, segments[0]) == "projected"):
         dense = built(tokens)
         return _attend_projected(attention, query, dense if norm is None else norm(dense), mask)
@@ -178,11 +178,9 @@ def _path(attention: Any, query: Tensor, segment: Segment) -> str:
     ).path
 
 
-def _queries_on_grid(x_q: Tensor | UnbuiltTokens) -> GridQueries | None:
-    if not isinstance(x_q, UnbuiltTokens) or len(x_q.segments) != 1 or not isinstance(x_q.segments[0], GridTokens):
-        return None
-    tokens = x_q.segments[0]
-    return GridQueries(tokens.grid, tokens.data, tokens.constant)
+def _queries_on_grid(x_q: Tensor | Unbuilt) -> GridQueries | None:
+    first, *others = x_q.segments if isinstance(x_q, Unbuilt) else (None,)
+    return first if isinstance(first, GridQueries) and not others else None
 
 
 def _dropout_p(attention: Any) -> float:
@@ -238,6 +236,11 @@ def _adapter_class(adapter: nn.Module) -> type[nn.Module] | None:
     kind = type(adapter)
     module, _, name = _ADAPTERS.get(f"{kind.__module__}.{kind.__name__}", "").partition(".")
     return getattr(import_module(f"perceiver_kernels.integrations.{module}"), name) if module else None
+
+
+def tokens_on_grid(grid: FourierGrid, data: Tensor) -> Unbuilt:
+    """Data and the Fourier features of its positions, in place of the array of both."""
+    return Unbuilt([GridTokens(grid, data)], data.shape[0], data.device, data.dtype)
 
 
 def grid_of(encoding: Any) -> FourierGrid:

@@ -12,13 +12,11 @@ from perceiver_kernels.modules.attention import CrossAttention, SelfAttention
 from perceiver_kernels.modules.decoder import OutputProjection
 from perceiver_kernels.modules.decoding import decode
 from perceiver_kernels.modules.feed_forward import FeedForward
-from perceiver_kernels.modules.projection import is_plain, is_stock, project
+from perceiver_kernels.modules.projection import is_plain
 from perceiver_kernels.modules.queries import Queries
 from perceiver_kernels.modules.segments import (
     GridTokens,
-    KeysAndValues,
     Segment,
-    segmented_cross_attention,
 )
 
 
@@ -57,29 +55,14 @@ class Encoder(nn.Module):
     def forward(self, tokens: Segment | Sequence[Segment], mask: Tensor | None = None) -> Tensor:
         """Map tokens (batch, M, token_dim), `GridTokens` or several of these to latents (batch, N, latent_dim)."""
         latents = self.latents[None]
-        if isinstance(tokens, Tensor):
-            x = self.attention(latents, tokens, mask=mask, residual=latents)
-        elif isinstance(tokens, GridTokens) and tokens.constant is None:
-            x = self.attention(latents, tokens.data, grid=tokens.grid, mask=mask, residual=latents)
+        context: Tensor | Sequence[Segment]
+        if isinstance(tokens, GridTokens):
+            # The tokens of one grid alone need no merging of partial states.
+            context, grid = (tokens.data, tokens.grid) if tokens.constant is None else ((tokens,), None)
         else:
-            segments = (tokens,) if isinstance(tokens, GridTokens) else tokens
-            x = self._attend_to_segments(latents, segments, mask)
+            context, grid = tokens, None
+        x = self.attention(latents, context, grid=grid, mask=mask, residual=latents)
         return self.mlp(x, residual=x)
-
-    def _attend_to_segments(self, latents: Tensor, segments: Sequence[Segment], mask: Tensor | None) -> Tensor:
-        attention = self.attention
-        norm, to_kv = cast(nn.LayerNorm, attention.norm_context), attention.fn.to_kv
-        if not is_plain(to_kv) or not is_stock(norm, nn.LayerNorm):
-            tokens = [part.materialize() if isinstance(part, GridTokens) else part for part in segments]
-            return attention(latents, torch.cat(tokens, 1), mask=mask, residual=latents)
-        widths = attention.heads * attention.head_dim, attention.heads * attention.head_dim_v
-        (key_weight, value_weight), (key_bias, value_bias) = to_kv.weight.split(widths), to_kv.bias.split(widths)
-        projections = KeysAndValues(key_weight, key_bias, value_weight, value_bias, norm.weight, norm.bias, norm.eps)
-        query = project(attention.fn.to_q, attention.norm(latents))
-        attended = segmented_cross_attention(
-            query, segments, mask, projections, heads=attention.heads, scale=attention.head_dim**-0.5
-        )
-        return project(attention.fn.to_out, attended, latents)
 
 
 class LatentBlocks(nn.Module):
