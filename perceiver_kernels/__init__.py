@@ -1,11 +1,21 @@
 """perceiver_kernels: fused kernels that make Perceiver models fast, checked against a pure-PyTorch reference."""
 
+from perceiver_kernels import presets
 from perceiver_kernels.dispatch import BackendError, use_backend
 from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.graphs import graphed, warmup
 from perceiver_kernels.integrations import accelerate, restore
-from perceiver_kernels.modules import CrossAttention, FeedForward, GridTokens, Perceiver, SelfAttention
+from perceiver_kernels.modules import (
+    CrossAttention,
+    FeedForward,
+    GridTokens,
+    Perceiver,
+    PerceiverIO,
+    PerceiverLM,
+    SelfAttention,
+    queries,
+)
 from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
@@ -22,6 +32,8 @@ __all__ = [
     "FourierGrid",
     "GridTokens",
     "Perceiver",
+    "PerceiverIO",
+    "PerceiverLM",
     "SelfAttention",
     "SeparableState",
     "accelerate",
@@ -30,6 +42,8 @@ __all__ = [
     "fourier_encode",
     "graphed",
     "latent_attention",
+    "presets",
+    "queries",
     "restore",
     "separable_attention",
     "separable_query_attention",

@@ -407,3 +407,20 @@ def test_geglu_is_exact() -> None:
     latents, _ = make_inputs()
     values, gates = module.fn.net[0](module.norm(latents)).chunk(2, dim=-1)
     torch.testing.assert_close(module(latents), module.fn.net[2](values * F.gelu(gates, approximate="none")))
+
+
+def test_values_of_another_width() -> None:
+    """Keys and values are built where their widths differ; the attention is the formula's."""
+    torch.manual_seed(0)
+    cross = CrossAttention(12, 9, heads=2, head_dim=3, head_dim_v=5, qkv_bias=True).double()
+    latents, context = torch.randn(2, 4, 12).double(), torch.randn(2, 7, 9).double()
+    assert "no, head_dim_v is not head_dim" in cross.explain(latents, context)
+    within = SelfAttention(12, heads=2, head_dim=3, head_dim_v=5).double()
+    for module, tokens in ((cross, context), (within, latents)):
+        attention = module.fn
+        normed = module.norm(latents)
+        other = cross.norm_context(context) if module is cross else normed
+        q, (k, v) = attention.to_q(normed), attention.to_kv(other).split((6, 10), -1)
+        q, k, v = (tensor.unflatten(-1, (2, -1)).transpose(1, 2) for tensor in (q, k, v))
+        expected = attention.to_out(((q @ k.mT * 3**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(module(latents, tokens) if module is cross else module(latents), expected)

@@ -37,6 +37,7 @@ class AttentionProjections(nn.Module):
         query_dim: int,
         context_dim: int,
         inner_dim: int,
+        inner_dim_v: int,
         *,
         qkv_bias: bool,
         out_bias: bool,
@@ -45,8 +46,8 @@ class AttentionProjections(nn.Module):
     ) -> None:
         super().__init__()
         self.to_q = nn.Linear(query_dim, inner_dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.to_kv = nn.Linear(context_dim, 2 * inner_dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.to_out = nn.Linear(inner_dim, query_dim, bias=out_bias, device=device, dtype=dtype)
+        self.to_kv = nn.Linear(context_dim, inner_dim + inner_dim_v, bias=qkv_bias, device=device, dtype=dtype)
+        self.to_out = nn.Linear(inner_dim_v, query_dim, bias=out_bias, device=device, dtype=dtype)
 
 
 class CrossAttention(nn.Module):
@@ -64,6 +65,7 @@ class CrossAttention(nn.Module):
         context_dim: channels of a token, Fourier features included; defaults to query_dim.
         heads: attention heads.
         head_dim: channels per head.
+        head_dim_v: channels per head of the values; defaults to head_dim. Where it differs, keys and values are built.
         dropout: probability in [0, 1) of dropping an attention weight in training.
         qkv_bias: whether to_q and to_kv have biases.
         out_bias: whether to_out has a bias.
@@ -84,6 +86,7 @@ class CrossAttention(nn.Module):
         *,
         heads: int = 1,
         head_dim: int = 64,
+        head_dim_v: int | None = None,
         dropout: float = 0.0,
         qkv_bias: bool = False,
         out_bias: bool = True,
@@ -102,11 +105,18 @@ class CrossAttention(nn.Module):
         self.context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.head_dim = head_dim
+        self.head_dim_v = head_dim if head_dim_v is None else head_dim_v
         self.dropout = dropout
         self.masked_rows = masked_rows
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fn = AttentionProjections(
-            query_dim, self.context_dim, heads * head_dim, qkv_bias=qkv_bias, out_bias=out_bias, **factory
+            query_dim,
+            self.context_dim,
+            heads * head_dim,
+            heads * self.head_dim_v,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            **factory,
         )
         self.norm = nn.LayerNorm(query_dim, eps=eps, **factory) if query_norm else nn.Identity()
         self.norm_context = nn.LayerNorm(self.context_dim, eps=eps, **factory) if context_norm else None
@@ -210,20 +220,23 @@ class CrossAttention(nn.Module):
         return context, mask
 
     def _folds(self) -> bool:
-        """Whether to_kv and norm_context are as they came, so that their parameters stand for them."""
+        """Whether to_kv and norm_context are as they came, of one width, so that their parameters do for them."""
         norm = self.norm_context
-        return is_plain(self.fn.to_kv) and (norm is None or is_stock(norm, nn.LayerNorm))
+        stock = is_plain(self.fn.to_kv) and (norm is None or is_stock(norm, nn.LayerNorm))
+        return stock and self.head_dim_v == self.head_dim
 
     def _attend_by_modules(self, query: Tensor, tokens: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
         tokens = tokens if self.norm_context is None else self.norm_context(tokens)
-        keys, values = (_split_heads(part, self.heads) for part in self.fn.to_kv(tokens).chunk(2, dim=-1))
+        widths = (self.heads * self.head_dim, self.heads * self.head_dim_v)
+        keys, values = (_split_heads(part, self.heads) for part in project(self.fn.to_kv, tokens).split(widths, dim=-1))
         attend = _attend_inverted if inverted else _attend
         dropout_p = self.dropout if self.training else 0.0
         return attend(query, keys, values, mask, self.heads, self.head_dim**-0.5, dropout_p)
 
     def _choose_path(self, latents: Tensor, context: Tensor, grid: FourierGrid | None) -> PathChoice:
         if not self._folds():
-            reason: int | str = "no, to_kv or norm_context has been replaced or hooked into"
+            replaced = "no, to_kv or norm_context has been replaced or hooked into"
+            reason: int | str = "no, head_dim_v is not head_dim" if self.head_dim_v != self.head_dim else replaced
             return PathChoice("modules", dict.fromkeys(("separable", "absorbed", "projected"), reason))
         batch, num_tokens, channels = context.shape
         return choose_path(
@@ -280,6 +293,7 @@ class SelfAttention(nn.Module):
         dim: channels in and out.
         heads: attention heads.
         head_dim: channels per head.
+        head_dim_v: channels per head of the values; defaults to head_dim.
         dropout: probability in [0, 1) of dropping an attention weight in training.
         qkv_bias: whether to_q and to_kv have biases.
         out_bias: whether to_out has a bias.
@@ -294,6 +308,7 @@ class SelfAttention(nn.Module):
         *,
         heads: int = 8,
         head_dim: int = 64,
+        head_dim_v: int | None = None,
         dropout: float = 0.0,
         qkv_bias: bool = False,
         out_bias: bool = True,
@@ -306,14 +321,17 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fn = AttentionProjections(dim, dim, heads * head_dim, qkv_bias=qkv_bias, out_bias=out_bias, **factory)
+        inner_dims = (heads * head_dim, heads * (head_dim if head_dim_v is None else head_dim_v))
+        self.fn = AttentionProjections(dim, dim, *inner_dims, qkv_bias=qkv_bias, out_bias=out_bias, **factory)
         self.norm = nn.LayerNorm(dim, eps=eps, **factory)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map (batch, N, dim) to (batch, N, dim) and add the residual, of the same shape."""
         x = self.norm(x)
-        query = _split_heads(project(self.fn.to_q, x), self.heads)
-        keys, values = project(self.fn.to_kv, x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query = project(self.fn.to_q, x)
+        keys_and_values = project(self.fn.to_kv, x)
+        widths = (query.shape[-1], keys_and_values.shape[-1] - query.shape[-1])
+        query, keys, values = (_split_heads(part, self.heads) for part in (query, *keys_and_values.split(widths, -1)))
         attended = latent_attention(query, keys, values, dropout_p=self.dropout if self.training else 0.0)
         return project(self.fn.to_out, _merge_heads(attended), residual)
 

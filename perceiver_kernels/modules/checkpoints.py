@@ -16,6 +16,14 @@ _LAYER_PARTS = {
 }
 _LIST_LAYER = re.compile(r"^layers\.(\d+)\.([0-3])\.")
 
+# The same of PerceiverIO, whose encoder was a list too.
+_IO_PARTS = (
+    (re.compile(r"^cross_attend_blocks\.0\."), "cross_attend_block.cross_attn."),
+    (re.compile(r"^cross_attend_blocks\.1\."), "cross_attend_block.cross_ff."),
+    (re.compile(r"^layers\.(\d+)\.([01])\."), r"layers.\1.self_attns.0.\2."),
+    (re.compile(r"^layers\.(\d+)\.2\."), r"attn_residuals.\1."),
+)
+
 # Before 0.8 the dropout of attention stood in to_out, and that of the MLP before its last linear map.
 _EARLY_NAMES = {".fn.to_out.0.": ".fn.to_out.", ".fn.net.3.": ".fn.net.2."}
 
@@ -64,6 +72,24 @@ def _upgrade_key(key: str, early_head: bool) -> str:
 
 def upgrade_before_loading(module: Any, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
     """The load_state_dict pre-hook of `Perceiver`: upgrade the keys in place."""
-    upgraded = upgrade_state_dict(state_dict, prefix)
+    _replace(state_dict, upgrade_state_dict(state_dict, prefix))
+
+
+def upgrade_io_before_loading(module: Any, state_dict: dict[str, Tensor], prefix: str, *unused: Any) -> None:
+    """The load_state_dict pre-hook of `PerceiverIO`: keys of releases 0.8 to 0.10 become those of 0.11, in place."""
+    upgraded = {
+        prefix + _upgrade_io_key(key.removeprefix(prefix)) if key.startswith(prefix) else key: value
+        for key, value in state_dict.items()
+    }
+    _replace(state_dict, upgraded)
+
+
+def _upgrade_io_key(key: str) -> str:
+    for pattern, name in _IO_PARTS:
+        key = pattern.sub(name, key)
+    return key
+
+
+def _replace(state_dict: dict[str, Tensor], upgraded: dict[str, Tensor]) -> None:
     state_dict.clear()
     state_dict.update(upgraded)

@@ -1,7 +1,7 @@
 """The pre-norm MLP of a Perceiver block."""
 
 import math
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,24 +86,26 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Map (..., dim) to (..., dim) and add the residual, of the result's shape."""
-        first, last, dropout = self.fn.net[0], self.fn.net[2], self.fn.net[3]
-        drops = isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0
-        if drops or not self._is_stock() or not is_plain(first) or not is_plain(last):
+        weights = self.weights()
+        if weights is None:
             out = self.fn(self.norm(x))
             return out if residual is None else out + residual
         return feed_forward(
             x,
-            self.norm.weight,
-            self.norm.bias,
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
+            *weights,
             activation=self.fn.activation,
             eps=self.norm.eps,
             residual=residual,
             save_hidden=self._saves_hidden(x),
         )
+
+    def weights(self) -> tuple[Any, ...] | None:
+        """What `feed_forward` takes of the parameters, or None where they do not stand for the modules."""
+        first, last, dropout = self.fn.net[0], self.fn.net[2], self.fn.net[3]
+        drops = isinstance(dropout, nn.Dropout) and self.training and dropout.p > 0
+        if drops or not self._is_stock() or not is_plain(first) or not is_plain(last):
+            return None
+        return self.norm.weight, self.norm.bias, first.weight, first.bias, last.weight, last.bias
 
     def _saves_hidden(self, x: Tensor) -> bool:
         if isinstance(self.save_hidden, bool):

@@ -18,15 +18,36 @@ class ResidualPair(nn.Sequential):
 
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         for module in self:
-            x = _run(module, x, checkpointing, residual=x)
+            x = run(module, x, checkpointing, residual=x)
         return x
 
 
-def _run(module: nn.Module, x: Tensor, checkpointing: bool, **arguments: Any) -> Tensor:
+def run(module: nn.Module, x: Tensor, checkpointing: bool, **arguments: Any) -> Tensor:
     """module(x, **arguments), with checkpointing once more in backward instead of keeping what it saved."""
     if checkpointing and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(module, x, use_reentrant=False, **arguments))
     return module(x, **arguments)
+
+
+def self_attention_pairs(
+    dim: int,
+    *,
+    heads: int,
+    head_dim: int,
+    saves: Sequence[bool | float],
+    dropout: float = 0.0,
+    ff_dropout: float = 0.0,
+) -> nn.Sequential:
+    """Self-attention and MLP, both with residuals, as many times as `saves` has entries."""
+    return nn.Sequential(
+        *(
+            ResidualPair(
+                SelfAttention(dim, heads=heads, head_dim=head_dim, dropout=dropout),
+                FeedForward(dim, dropout=ff_dropout, save_hidden=save_hidden),
+            )
+            for save_hidden in saves
+        )
+    )
 
 
 class PerceiverBlock(nn.Module):
@@ -51,14 +72,13 @@ class PerceiverBlock(nn.Module):
             dim, context_dim, heads=cross_heads, head_dim=cross_dim_head, dropout=attn_dropout, masked_rows="mean"
         )
         self.cross_ff = FeedForward(dim, dropout=ff_dropout, save_hidden=saves[0])
-        self.self_attns = nn.Sequential(
-            *(
-                ResidualPair(
-                    SelfAttention(dim, heads=latent_heads, head_dim=latent_dim_head, dropout=attn_dropout),
-                    FeedForward(dim, dropout=ff_dropout, save_hidden=save_hidden),
-                )
-                for save_hidden in saves[1:]
-            )
+        self.self_attns = self_attention_pairs(
+            dim,
+            heads=latent_heads,
+            head_dim=latent_dim_head,
+            dropout=attn_dropout,
+            ff_dropout=ff_dropout,
+            saves=saves[1:],
         )
 
     def forward(
@@ -73,8 +93,8 @@ class PerceiverBlock(nn.Module):
     ) -> Tensor:
         """Map latents (batch or 1, N, dim) and their context to latents (batch, N, dim)."""
         to_data = {"context": context, "grid": grid, "mask": mask, "inverted": inverted}
-        x = _run(self.cross_attn, x, checkpointing, residual=x, **to_data)
-        x = _run(self.cross_ff, x, checkpointing, residual=x)
+        x = run(self.cross_attn, x, checkpointing, residual=x, **to_data)
+        x = run(self.cross_ff, x, checkpointing, residual=x)
         for pair in self.self_attns:
             x = pair(x, checkpointing)
         return x
@@ -84,8 +104,8 @@ class PerceiverBlock(nn.Module):
 KEPT_PRODUCTS = 512 << 20
 
 
-def _saves(mlps: int, depth: int, recompute: float | None) -> list[bool | float]:
-    """FeedForward's save_hidden of each of a layer's MLPs."""
+def save_choices(mlps: int, depth: int, recompute: float | None) -> list[bool | float]:
+    """FeedForward's save_hidden of each of a layer's MLPs, so that a share of them computes its product again."""
     share, instead = (2 / 3, KEPT_PRODUCTS / (mlps * depth)) if recompute is None else (recompute, False)
     return [instead if int((mlp + 1) * share) > int(mlp * share) else True for mlp in range(mlps)]
 
@@ -106,6 +126,13 @@ class AttentionResidual(nn.Module):
         """Map layer outputs, each (batch, N, dim), to one (batch, N, dim)."""
         stacked = torch.stack(hiddens)
         return (stacked * self.to_attn_logits(stacked).softmax(dim=0)).sum(dim=0)
+
+
+def initial_hiddens(block_outputs: Tensor | list[Tensor] | None, latents: Tensor) -> list[Tensor]:
+    """What the outputs of all layers are appended to: the caller's (a copy of the list), or the latents."""
+    if block_outputs is None:
+        return [latents]
+    return [block_outputs] if isinstance(block_outputs, Tensor) else list(block_outputs)
 
 
 class MeanOverLatents(nn.Module):
@@ -197,7 +224,7 @@ class Perceiver(nn.Module):
         self.has_attn_residual = attn_residual
         self.activation_checkpointing = activation_checkpointing
 
-        saves = _saves(1 + self_per_cross_attn, depth, mlp_recompute)
+        saves = save_choices(1 + self_per_cross_attn, depth, mlp_recompute)
         self.latents = nn.Parameter(torch.randn(num_latents, latent_dim))
         self.layers = nn.ModuleList()
         self.attn_residuals = nn.ModuleList()
@@ -258,11 +285,10 @@ class Perceiver(nn.Module):
         """
         context, grid, mask = self._prepare(data, mask)
         keep_hiddens = return_hiddens or self.has_attn_residual or block_outputs is not None
-        hiddens = self._initial_hiddens(block_outputs, len(data)) if keep_hiddens else []
-        checkpointing = self.activation_checkpointing and self.training
+        hiddens = initial_hiddens(block_outputs, self.latents.expand(len(data), -1, -1)) if keep_hiddens else []
         x = self.latents.unsqueeze(0)
-        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
-            x = block(x, context, grid=grid, mask=mask, inverted=inverted, checkpointing=checkpointing)
+        for layer in range(len(self.layers)):
+            x = self._run_layer(layer, x, context, grid, mask)
             if keep_hiddens:
                 hiddens.append(x)
             if self.has_attn_residual:
@@ -275,11 +301,26 @@ class Perceiver(nn.Module):
         context, grid, mask = self._prepare(data, mask)
         latents = self.latents.unsqueeze(0)
         lines = []
-        for layer, (block, inverted) in enumerate(zip(self.layers, self.inverted_cross_attn, strict=True)):
-            cross_attn = cast(PerceiverBlock, block).cross_attn
+        for layer, (cross_attn, inverted) in enumerate(zip(self._cross_attentions(), self._inverts(), strict=True)):
             choice = cross_attn.explain(latents, context, grid=grid, mask=mask, inverted=inverted)
             lines.append(f"layers.{layer}.cross_attn: " + "; ".join(map(str.strip, choice.splitlines())))
         return "\n".join(lines)
+
+    # Where layers are kept differs in perceiver-pytorch's own models, which integrations/perceiver_pytorch.py runs by
+    # this class: these three are what they override.
+
+    def _run_layer(
+        self, layer: int, x: Tensor, context: Tensor, grid: FourierGrid | None, mask: Tensor | None
+    ) -> Tensor:
+        to_data = {"context": context, "grid": grid, "mask": mask, "inverted": self.inverted_cross_attn[layer]}
+        return self.layers[layer](x, checkpointing=self.activation_checkpointing and self.training, **to_data)
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [cast(PerceiverBlock, block).cross_attn for block in self.layers]
+
+    def _inverts(self) -> Sequence[bool]:
+        """Whether each layer's cross-attention is normalised over the latents."""
+        return self.inverted_cross_attn
 
     @property
     def _num_position_channels(self) -> int:
@@ -308,8 +349,3 @@ class Perceiver(nn.Module):
             raise ValueError(f"data has dtype {data.dtype}, but must be floating-point; scale raw pixels first")
         if data.device != self.latents.device:
             raise ValueError(f"data is on {data.device}, but the parameters are on {self.latents.device}")
-
-    def _initial_hiddens(self, block_outputs: Tensor | list[Tensor] | None, batch: int) -> list[Tensor]:
-        if block_outputs is None:
-            return [self.latents.expand(batch, -1, -1)]
-        return [block_outputs] if isinstance(block_outputs, Tensor) else list(block_outputs)
