@@ -323,7 +323,12 @@ def decode_streamed(
             f"queries have {query.weight.shape[1]}"
         )
 
-    after = None if mlp is None else _MLP(mlp, final)
+    trains = torch.is_grad_enabled() and attention.requires_grad(mlp, final)
+    after: _MLP | _ReducedMLP | None = None if mlp is None else _MLP(mlp, final)
+    plain = heads == 1 and mask is None and dropout_p == 0 and not query_residual and not trains
+    if plain and output and mlp and final and _ReducedMLP.pays(values.shape[2], output, final):
+        after = _ReducedMLP(output, mlp, final)
+        attention = _Attention(queries, keys, after.into(values), query, None, heads, scale, None, 0.0)
 
     def decode(part: Part) -> Tensor:
         y = attention(part, residual=query_residual)
@@ -335,7 +340,7 @@ def decode_streamed(
     parts = attention.parts(max(block_bytes // (max(attention.batch, 1) * widest * values.element_size()), 1))
     if len(parts) == 1:
         return decode(parts[0])
-    if torch.is_grad_enabled() and attention.requires_grad(mlp, final):
+    if trains:
         if not recompute:
             return torch.cat([decode(part) for part in parts], 1)
         return torch.cat([checkpoint(partial(decode, part), use_reentrant=False) for part in parts], 1)
@@ -490,6 +495,66 @@ class _MLP:
         weights = self.weights
         out = feed_forward(y, *weights[:6], activation=weights.activation, eps=weights.eps, residual=residual)
         return out if self.folds or self.final is None else linear(out, *self.final)
+
+
+class _ReducedMLP:
+    """Output projection, MLP with its residual and last linear map, of attention to values of fewer channels than y's.
+
+    y = W a + b has no more degrees of freedom than the attended values a. Let [W b], less its mean over y's channels,
+    be Q R with orthonormal columns of Q. Then y = Q z + mean(y) with z = R [a ; 1]: LayerNorm's variance is |z|^2 over
+    y's channels, and what follows is linear in z. R goes into the values, as a query's weights sum to 1.
+    """
+
+    @staticmethod
+    def pays(channels: int, output: OutputProjection, final: OutputProjection) -> bool:
+        """Whether attended values, one constant and a mean are fewer than y's channels, and the last map's are."""
+        return max(channels + 2, final.weight.shape[0]) < output.weight.shape[0]
+
+    def __init__(self, output: OutputProjection, mlp: FeedForwardWeights, final: OutputProjection) -> None:
+        dtype = output.weight.dtype
+        with torch.autocast(output.weight.device.type, enabled=False):
+            weight, bias = _in_double(*output)
+            gain, shift, weight_in, bias_in, weight_out, bias_out = _in_double(*mlp[:6])
+            last, last_bias = _in_double(*final)
+            assert weight is not None and weight_in is not None and weight_out is not None and last is not None
+            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+            joined = torch.cat((weight, bias[:, None]), 1)
+            mean = joined.mean(0, keepdim=True)
+            basis, triangle = torch.linalg.qr(joined - mean)
+            self.into_values = torch.cat((triangle, mean))
+            self.residual = torch.cat((last @ basis, last.sum(1, keepdim=True)), 1).to(dtype)
+            weight_in_gain = weight_in if gain is None else weight_in * gain
+            folded = FeedForwardWeights(
+                norm_weight=None,
+                norm_bias=None,
+                weight_in=F.pad(weight_in_gain @ basis, (0, 1)),
+                bias_in=bias_in if shift is None else F.linear(shift, weight_in, bias_in),
+                weight_out=last @ weight_out,
+                bias_out=last_bias if bias_out is None else F.linear(bias_out, last, last_bias),
+                activation=mlp.activation,
+                eps=mlp.eps,
+            )
+        folded = _with_even_hidden(folded)
+        self.first, self.second = (
+            OutputProjection(weight.to(dtype), None if bias is None else bias.to(dtype))
+            for weight, bias in ((folded.weight_in, folded.bias_in), (folded.weight_out, folded.bias_out))
+        )
+        self.activation, self.eps, self.channels = mlp.activation, mlp.eps, output.weight.shape[0]
+
+    def into(self, values: Tensor) -> Tensor:
+        """The values (batch, N, channels) that attention gives [z ; mean(y)] for."""
+        return F.linear(F.pad(values.double(), (0, 1), value=1.0), self.into_values).to(values.dtype)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        computed = z.to(_computed(z))
+        squares = torch.linalg.vector_norm(computed[..., :-1], dim=-1, keepdim=True).square()
+        normed = (computed * (squares / self.channels + self.eps).rsqrt()).to(z.dtype)
+        hidden = linear(normed, *self.first, activation=self.activation)
+        return linear(hidden, *self.second, residual=linear(z, self.residual))
+
+
+def _in_double(*parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if parameter is None else parameter.detach().double() for parameter in parameters]
 
 
 def _with_even_hidden(weights: FeedForwardWeights) -> FeedForwardWeights:
