@@ -4,7 +4,8 @@ from perceiver_kernels.dispatch import BackendError, use_backend
 from perceiver_kernels.encodings import FourierEncoding, FourierGrid
 from perceiver_kernels.explain import explain
 from perceiver_kernels.graphs import graphed, warmup
-from perceiver_kernels.modules import CrossAttention, FeedForward, Perceiver, SelfAttention
+from perceiver_kernels.integrations import accelerate, restore
+from perceiver_kernels.modules import CrossAttention, FeedForward, GridTokens, Perceiver, SelfAttention
 from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.fourier_encode import fourier_encode
 from perceiver_kernels.ops.latent_attention import latent_attention
@@ -19,14 +20,17 @@ __all__ = [
     "FeedForward",
     "FourierEncoding",
     "FourierGrid",
+    "GridTokens",
     "Perceiver",
     "SelfAttention",
     "SeparableState",
+    "accelerate",
     "cross_attention",
     "explain",
     "fourier_encode",
     "graphed",
     "latent_attention",
+    "restore",
     "separable_attention",
     "separable_query_attention",
     "use_backend",

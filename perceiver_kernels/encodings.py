@@ -43,6 +43,10 @@ class FourierGrid:
             frequencies f themselves, a tensor or a sequence (they too are multiplied by pi).
         concat_pos: whether x itself is a feature.
         sine_only: leaves the cosines out.
+        endpoint: whether the last coordinate is 1; otherwise coordinates are -1 + 2 i / S_k, as in Hugging Face's
+            subsampled decoding.
+        precision: "float64": the features are exact; "float32": coordinates, frequencies and angles are rounded to
+            float32 one after the other, as Hugging Face does: at thousands of radians the features are off by 1e-4.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
@@ -57,8 +61,12 @@ class FourierGrid:
     spacing: str | Sequence[float] | Tensor = "linear"
     concat_pos: bool = True
     sine_only: bool = False
+    endpoint: bool = True
+    precision: str = "float64"
 
     def __post_init__(self) -> None:
+        if self.precision not in ("float64", "float32"):
+            raise ValueError(f"precision is {self.precision!r}, must be 'float64' or 'float32'")
         shape = tuple(operator.index(size) for size in self.shape)
         if not 1 <= len(shape) <= MAX_AXES:
             raise ValueError(f"shape is {shape}, must have 1 to {MAX_AXES} axes")
@@ -212,6 +220,8 @@ class FourierGrid:
             spacing,
             self.concat_pos,
             self.sine_only,
+            self.endpoint,
+            self.precision,
         )
 
 
@@ -227,10 +237,8 @@ def _traced_constants(
     fields: tuple[Any, ...], what: str, device: torch.device | str | None, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Called by torch.compile while it traces: the tables become constants of the graph, shared with the cache."""
-    shape, num_bands, max_freq, order, spacing, concat_pos, sine_only = fields
-    grid = FourierGrid(
-        shape, num_bands, _from_hexadecimal(max_freq), order, _from_hexadecimal(spacing), concat_pos, sine_only
-    )
+    shape, num_bands, max_freq, order, spacing, *options = fields
+    grid = FourierGrid(shape, num_bands, _from_hexadecimal(max_freq), order, _from_hexadecimal(spacing), *options)
     return _looked_up(grid, what, device, dtype)
 
 
@@ -262,8 +270,34 @@ _cached = lru_cache(maxsize=CACHED_TABLES)(_computed)
 def _tables(grid: FourierGrid) -> list[Tensor]:
     bands = grid.bands
     options = (bands.order == "grouped", bands.concat_pos, bands.sine_only)
-    positions = [torch.linspace(-1.0, 1.0, size, dtype=torch.float64, device="cpu") for size in grid.shape]
-    return [point_features(x[:, None], bands.frequencies(axis), *options) for axis, x in enumerate(positions)]
+    if grid.precision == "float32":
+        return [_rounded_features(_coordinates(grid, axis), grid, axis).double() for axis in range(grid.num_axes)]
+    return [
+        point_features(_coordinates(grid, axis)[:, None], bands.frequencies(axis), *options)
+        for axis in range(grid.num_axes)
+    ]
+
+
+def _coordinates(grid: FourierGrid, axis: int) -> Tensor:
+    """(S_k,), in the grid's precision."""
+    dtype, size = getattr(torch, grid.precision), grid.shape[axis]
+    if grid.endpoint:
+        return torch.linspace(-1.0, 1.0, size, dtype=dtype, device="cpu")
+    return -1.0 + 2.0 * torch.arange(size, dtype=dtype, device="cpu") / size
+
+
+def _rounded_features(x: Tensor, grid: FourierGrid, axis: int) -> Tensor:
+    """(S_k, e_k): the features of coordinates x in float32, each operation rounded."""
+    bands = grid.bands
+    if bands.spacing == "linear":
+        assert isinstance(bands.max_freq, tuple)
+        frequencies = torch.linspace(1.0, bands.max_freq[axis] / 2, bands.num_bands, dtype=x.dtype, device="cpu")
+    else:
+        frequencies = torch.tensor(bands.frequencies(axis), dtype=x.dtype, device="cpu")
+    angles = math.pi * (x[:, None] * frequencies)
+    waves = [angles.sin()] if bands.sine_only else [angles.sin(), angles.cos()]
+    position = [x[:, None]] if bands.concat_pos else []
+    return torch.cat([*position, *waves] if bands.order == "grouped" else [*waves, *position], 1)
 
 
 def _sums(grid: FourierGrid) -> list[Tensor]:

@@ -4,5 +4,6 @@ from perceiver_kernels.modules.attention import CrossAttention, SelfAttention
 from perceiver_kernels.modules.checkpoints import upgrade_state_dict
 from perceiver_kernels.modules.feed_forward import FeedForward
 from perceiver_kernels.modules.perceiver import Perceiver
+from perceiver_kernels.modules.segments import GridTokens
 
-__all__ = ["CrossAttention", "FeedForward", "Perceiver", "SelfAttention", "upgrade_state_dict"]
+__all__ = ["CrossAttention", "FeedForward", "GridTokens", "Perceiver", "SelfAttention", "upgrade_state_dict"]

@@ -16,6 +16,13 @@ from perceiver_kernels.modules.folding import (
     separable_cross_attention,
 )
 from perceiver_kernels.modules.projection import is_plain, is_stock, project
+from perceiver_kernels.modules.segments import (
+    KeysAndValues,
+    Segment,
+    check_segments,
+    materialized,
+    segmented_cross_attention,
+)
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 # perceiver-pytorch's: a latent without any weight gets zeros from inverted attention, not NaN.
@@ -107,7 +114,7 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        context: Tensor,
+        context: Tensor | Sequence[Segment],
         *,
         grid: FourierGrid | None = None,
         mask: Tensor | None = None,
@@ -119,9 +126,10 @@ class CrossAttention(nn.Module):
         Args:
             latents: (batch, N, query_dim), or (1, N, query_dim) for latents that all inputs share.
             context: with a grid, data (batch, *grid.shape, c) or (batch, M, c), c = context_dim - grid.num_channels, of
-                any floating dtype and any strides; without a grid, tokens (batch, M, context_dim).
+                any floating dtype and any strides; without a grid, tokens (batch, M, context_dim), or a sequence of
+                segments, each `GridTokens` or such tokens, which are attended to together.
             grid: where the tokens stand and which features a position has.
-            mask: bool (batch, M) or (batch, *grid.shape), True = attend.
+            mask: bool (batch, M) or (batch, *grid.shape), True = attend; of segments (batch, tokens of all of them).
             inverted: normalise each token's scores over the latents, then each latent's weights over the tokens.
             residual: (batch, N, query_dim) or (1, N, query_dim), added to the result.
 
@@ -131,6 +139,13 @@ class CrossAttention(nn.Module):
         Raises:
             ValueError: shapes, dtypes or devices disagree; the message names the argument.
         """
+        if not isinstance(context, Tensor):
+            if grid is not None:
+                raise ValueError("grid is given, must be None for a sequence of segments, which have their own")
+            check_segments(context, self.context_dim)
+            if self._folds() and not inverted:
+                return self._attend_to_segments(latents, context, mask, residual)
+            context = materialized(context)
         context, mask = self._flatten(latents, context, grid, mask)
         path = "inverted" if inverted else self._choose_path(latents, context, grid).path
         query = project(self.fn.to_q, self.norm(latents))
@@ -159,6 +174,21 @@ class CrossAttention(nn.Module):
         if inverted:
             return "path: inverted\n  plain PyTorch: attention normalised over the latents has no fused path yet"
         return self._choose_path(latents, context, grid).describe()
+
+    def _attend_to_segments(
+        self, latents: Tensor, segments: Sequence[Segment], mask: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        _check_latents(latents, segments[0], self.query_dim)
+        if mask is not None:
+            tokens = sum(segment.shape[1] for segment in segments)
+            mask = flatten_key_mask(mask, segments[0].shape[0], (tokens,), segments[0].device)
+        query = project(self.fn.to_q, self.norm(latents))
+        if mask is not None and self.masked_rows == "mean":
+            query, mask = _make_all_masked_uniform(query, mask)
+        attended = segmented_cross_attention(
+            query, segments, mask, self._keys_and_values(), **self._attention_options()
+        )
+        return project(self.fn.to_out, attended, residual)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}, masked_rows={self.masked_rows!r}"
@@ -216,18 +246,27 @@ class CrossAttention(nn.Module):
         features = grid.encode(device=context.device, dtype=dtype)
         return torch.cat((context, features.expand(context.shape[0], -1, -1)), dim=-1)
 
+    def _attention_options(self) -> dict[str, Any]:
+        dropout_p = self.dropout if self.training else 0.0
+        return {"heads": self.heads, "scale": self.head_dim**-0.5, "dropout_p": dropout_p}
+
+    def _keys_and_values(self) -> KeysAndValues:
+        norm, to_kv = self.norm_context, self.fn.to_kv
+        key_weight, value_weight = to_kv.weight.chunk(2)
+        key_bias, value_bias = (None, None) if to_kv.bias is None else to_kv.bias.chunk(2)
+        normed = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
+        return KeysAndValues(key_weight, key_bias, value_weight, value_bias, *normed)
+
     def _key_value_arguments(self) -> dict[str, Any]:
         """What every path takes besides the query, the context and the mask."""
         norm = self.norm_context
         return {
-            "heads": self.heads,
-            "scale": self.head_dim**-0.5,
+            **self._attention_options(),
             "norm_weight": None if norm is None else norm.weight,
             "norm_bias": None if norm is None else norm.bias,
             "eps": None if norm is None else norm.eps,
             "kv_weight": self.fn.to_kv.weight,
             "kv_bias": self.fn.to_kv.bias,
-            "dropout_p": self.dropout if self.training else 0.0,
         }
 
 
@@ -386,7 +425,7 @@ def _either(*shapes: tuple[int | str, ...]) -> str:
     return " or ".join(dict.fromkeys(f"({', '.join(map(str, shape))})" for shape in shapes))
 
 
-def _check_latents(latents: Tensor, context: Tensor, query_dim: int) -> None:
+def _check_latents(latents: Tensor, context: Segment, query_dim: int) -> None:
     if latents.ndim != 3 or latents.shape[2] != query_dim:
         raise ValueError(f"latents has shape {tuple(latents.shape)}, but must be (batch, N, {query_dim})")
     if latents.shape[0] not in (1, context.shape[0]):

@@ -8,7 +8,7 @@ on the encoder's side (folding.py), the summands of z are projected instead of z
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -216,11 +216,11 @@ def fold_queries(queries: GridQueries, keys: Tensor, query: QueryProjection, sca
     x = None
     if queries.data is not None:
         x = queries.data.reshape(queries.batch, queries.grid.num_positions, queries.data_channels).to(dtype)
-    r = None if query.eps is None else _reciprocal_deviation(queries, query.eps, keys.device, dtype)
+    r = None if query.eps is None else reciprocal_deviation(queries, query.eps, keys.device, dtype)
     return FoldedQueries(queries.grid.shape, form, h, x, r)
 
 
-def _reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """LayerNorm's r of every query, (batch or 1, M)."""
     grid, constant = queries.grid, queries.constant
     sums, squares = grid.feature_sums(device, dtype)
@@ -276,7 +276,7 @@ def separable_query_cross_attention(
 
 
 def decode_streamed(
-    queries: GridQueries | Tensor,
+    queries: GridQueries | Tensor | Sequence[GridQueries | Tensor],
     keys: Tensor,
     values: Tensor,
     query: QueryProjection,
@@ -298,7 +298,7 @@ def decode_streamed(
 
     Args:
         queries: on a grid; or written out, (batch or 1, O, channels), which take the dense path. What the latter give
-            for `GridQueries.at` of some positions is what the former give there.
+            for `GridQueries.at` of some positions is what the former give there. Or a sequence of such segments.
         keys, values, query, output, heads, scale, mask, dropout_p: as in `separable_query_cross_attention`.
         query_residual: whether the queries are added to the projected attention, which has as many channels.
         mlp: the MLP, or None.
@@ -315,45 +315,66 @@ def decode_streamed(
     Memory: the result and some times block_bytes, however many queries there are; with recompute so in training, too.
     Source: Jaegle et al. 2022, arXiv:2107.14795.
     """
-    _check(queries, keys, values, query, output, heads)
-    attention = _Attention(queries, keys, values, query, output, heads, scale, mask, dropout_p)
-    if query_residual and attention.channels != query.weight.shape[1]:
+    segments = [queries] if isinstance(queries, (GridQueries, Tensor)) else queries
+    if not segments:
+        raise ValueError("queries is an empty sequence, must have at least one segment")
+    for segment in segments:
+        _check(segment, keys, values, query, output, heads)
+    channels = values.shape[2] if output is None else output.weight.shape[0]
+    if query_residual and channels != query.weight.shape[1]:
         raise ValueError(
-            f"query_residual is True, must be False where the attention gives {attention.channels} channels and "
+            f"query_residual is True, must be False where the attention gives {channels} channels and "
             f"queries have {query.weight.shape[1]}"
         )
 
-    trains = torch.is_grad_enabled() and attention.requires_grad(mlp, final)
+    trains = torch.is_grad_enabled() and _requires_grad(segments, keys, values, query, output, mlp, final)
     after: _MLP | _ReducedMLP | None = None if mlp is None else _MLP(mlp, final)
     plain = heads == 1 and mask is None and dropout_p == 0 and not query_residual and not trains
     if plain and output and mlp and final and _ReducedMLP.pays(values.shape[2], output, final):
         after = _ReducedMLP(output, mlp, final)
-        attention = _Attention(queries, keys, after.into(values), query, None, heads, scale, None, 0.0)
+        values, output = after.into(values), None
+    attentions = [
+        _Attention(segment, keys, values, query, output, heads, scale, mask, dropout_p) for segment in segments
+    ]
+    batch = max(attention.batch for attention in attentions)
 
-    def decode(part: Part) -> Tensor:
+    def decode(attention: _Attention, part: Part) -> Tensor:
         y = attention(part, residual=query_residual)
         if after is not None:
-            return after(y)
-        return y if final is None else linear(y, *final)
+            y = after(y)
+        elif final is not None:
+            y = linear(y, *final)
+        return y.expand(batch, -1, -1)
 
-    widest = max(attention.widest, 0 if mlp is None else mlp.weight_in.shape[0])
-    parts = attention.parts(max(block_bytes // (max(attention.batch, 1) * widest * values.element_size()), 1))
-    if len(parts) == 1:
-        return decode(parts[0])
+    widest = max(attentions[0].widest, 0 if mlp is None else mlp.weight_in.shape[0])
+    most = max(block_bytes // (max(batch, 1) * widest * values.element_size()), 1)
+    blocks = [partial(decode, attention, part) for attention in attentions for part in attention.parts(most)]
+    if len(blocks) == 1:
+        return blocks[0]()
     if trains:
         if not recompute:
-            return torch.cat([decode(part) for part in parts], 1)
-        return torch.cat([checkpoint(partial(decode, part), use_reentrant=False) for part in parts], 1)
-    return _filled(decode, parts, attention)
+            return torch.cat([block() for block in blocks], 1)
+        return torch.cat([checkpoint(block, use_reentrant=False) for block in blocks], 1)
+    return _filled(blocks, sum(attention.num_queries for attention in attentions))
 
 
-def _filled(decode: Callable[[Part], Tensor], parts: list[Part], attention: _Attention) -> Tensor:
+def _requires_grad(segments: Sequence[GridQueries | Tensor], *others: Tensor | tuple[object, ...] | None) -> bool:
+    """Whether backward will come through any of the arguments."""
+    found: list[object] = []
+    for segment in segments:
+        found += (segment.data, segment.constant) if isinstance(segment, GridQueries) else (segment,)
+    for other in others:
+        found += other if isinstance(other, tuple) else (other,)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in found)
+
+
+def _filled(blocks: Sequence[Callable[[], Tensor]], num_queries: int) -> Tensor:
     """All blocks in one array, of which there is never a second."""
     out, start = None, 0
-    for part in parts:
-        block = decode(part)
+    for decode in blocks:
+        block = decode()
         if out is None:
-            out = block.new_empty(block.shape[0], attention.num_queries, block.shape[2])
+            out = block.new_empty(block.shape[0], num_queries, block.shape[2])
         out[:, start : start + block.shape[1]] = block
         start += block.shape[1]
     assert out is not None
@@ -407,8 +428,7 @@ class _Attention:
         self.scale = (keys.shape[2] // heads) ** -0.5 if scale is None else scale
         self.keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)
         weight, bias = (None, None) if output is None else output
-        self.channels = values.shape[2] if weight is None else weight.shape[0]
-        self.inputs = (keys, values, weight, bias, *query[:4])
+        channels = values.shape[2] if weight is None else weight.shape[0]
         if weight is not None and heads == 1 and _folds(values.shape[1], *weight.shape):
             # Without mask and dropout a query's weights sum to 1: the bias goes into the values, too.
             into_values = bias if mask is None and dropout_p == 0 else None
@@ -416,7 +436,7 @@ class _Attention:
             weight, bias = None, bias if into_values is None else None
         self.weight, self.bias = weight, bias
         self.values = values.unflatten(2, (heads, -1)).transpose(1, 2).expand(self.batch, -1, -1, -1)
-        self.widest = max(values.shape[2], self.channels)
+        self.widest = max(values.shape[2], channels)
         self.folded = None
         if isinstance(queries, GridQueries) and _separable(queries):
             with torch.autocast(values.device.type, enabled=False):
@@ -426,12 +446,6 @@ class _Attention:
     def num_queries(self) -> int:
         """O."""
         return self.queries.grid.num_positions if isinstance(self.queries, GridQueries) else self.queries.shape[1]
-
-    def requires_grad(self, *others: tuple[object, ...] | None) -> bool:
-        """Whether backward will come through here: through the arguments, or those of what follows."""
-        own = (self.queries.data, self.queries.constant) if isinstance(self.queries, GridQueries) else (self.queries,)
-        found = (*own, *self.inputs, *(weight for other in others for weight in other or ()))
-        return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in found)
 
     def parts(self, most: int) -> list[Part]:
         """The queries in blocks: parts of their grid, or of the one axis that they have."""

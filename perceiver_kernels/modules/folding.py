@@ -57,7 +57,7 @@ def choose_path(
     pairs = batch * heads * queries * num_tokens
     projections = 2 * batch * num_tokens * context_channels * heads * head_dim
     costs: dict[str, int | str] = {
-        "separable": _separable_obstacle(grid, data_channels)
+        "separable": separable_obstacle(grid, data_channels)
         or pairs * (2 * data_channels + 2 * (grid.num_axes if grid else 0) + EXPONENTIAL_COST),
         "absorbed": pairs * (2 * context_channels + EXPONENTIAL_COST),
         "projected": pairs * (2 * head_dim + EXPONENTIAL_COST) + projections,
@@ -66,7 +66,8 @@ def choose_path(
     return PathChoice(min(possible, key=lambda path: possible[path]), costs)
 
 
-def _separable_obstacle(grid: FourierGrid | None, data_channels: int) -> str | None:
+def separable_obstacle(grid: FourierGrid | None, data_channels: int) -> str | None:
+    """Why the separable path cannot run, or None where it can."""
     if grid is None:
         return "no, the context is not data on a grid with per-axis features"
     if not 1 <= data_channels <= MAX_CHANNELS:
