@@ -32,6 +32,7 @@ KERNELS = [
     "separable_attention",
     "separable_attention_tokens",
     "separable_layer_norm",
+    "separable_query_attention",
     "fourier_encode",
     "exp_rate",
 ]

@@ -15,6 +15,7 @@ namespace {
 using pk::latent_inputs;
 using pk::separable_inputs;
 using pk::separable_outputs;
+using pk::separable_query_inputs;
 using pk::view;
 using pk::views;
 
@@ -124,6 +125,22 @@ PYBIND11_MODULE(_cpu, module) {
                const auto upstream = view(d_out);
                const pk::LatentGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2])};
                run(threads, [&] { pk::cpu_ops().cross_attention_bwd(in, out, upstream, result); });
+             });
+  module.def("separable_query_attention_fwd", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                                 const py::tuple& dropout, const py::tuple& outputs, int threads) {
+    const auto in = separable_query_inputs(inputs, grid, dropout);
+    const pk::LatentOutputs out{view(outputs[0]), view(outputs[1])};
+    run(threads, [&] { pk::cpu_ops().separable_query_attention_fwd(in, out); });
+  });
+  module.def("separable_query_attention_bwd",
+             [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
+                const py::tuple& saved, const py::handle& d_out, const py::tuple& gradients, int threads) {
+               const auto in = separable_query_inputs(inputs, grid, dropout);
+               const pk::LatentOutputs out{view(saved[0]), view(saved[1])};
+               const auto upstream = view(d_out);
+               const pk::SeparableQueryGradients result{view(gradients[0]), view(gradients[1]), view(gradients[2]),
+                                                        view(gradients[3]), view(gradients[4])};
+               run(threads, [&] { pk::cpu_ops().separable_query_attention_bwd(in, out, upstream, result); });
              });
 
   module.def("absorbed_attention_fwd",

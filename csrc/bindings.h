@@ -57,5 +57,12 @@ inline LatentInputs latent_inputs(const py::tuple& inputs, double scale, const p
   return {view(inputs[0]), view(inputs[1]), view(inputs[2]), scale, dropout_of(dropout)};
 }
 
+// (form, v, bias, x, r).
+inline SeparableQueryInputs separable_query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
+                                                   const py::tuple& dropout) {
+  return {view(inputs[0]),    view(inputs[1]), view(inputs[2]), view(inputs[3]), view(inputs[4]), grid,
+          dropout_of(dropout)};
+}
+
 }  // namespace
 }  // namespace pk

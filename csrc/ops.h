@@ -78,8 +78,8 @@ struct AbsorbedState {
   TensorView total;  // [B, R]
 };
 
-// Inputs of separable_query_attention, all but x contiguous. Keys that nothing attends to are zeros in form and v. A
-// dropout row is head * M + query, M the grid's size.
+// Inputs of separable_query_attention, all but x contiguous; on CPUs v and r have any strides, too. Keys that nothing
+// attends to are zeros in form and v. A dropout row is head * M + query, M the grid's size.
 struct SeparableQueryInputs {
   TensorView form;  // [B|1, H, c + sum of S_k, N]: k, then the tables
   TensorView v;     // [B, H, N, Dv]
@@ -104,6 +104,16 @@ struct SeparableQueryKeyGradients {
   TensorView outer;  // [B, H, slots, sum of S_k but the last, N]
   TensorView table;  // [B, H, outer_parts, last S_k, N]
   TensorView h;      // [B, H, parts, N]
+};
+
+// Gradients of separable_query_attention on CPUs, contiguous and summed over the queries of one batch entry: the caller
+// adds those up where an input has batch 1. Undefined where not needed.
+struct SeparableQueryGradients {
+  TensorView form;  // [B, H, c + sum of S_k, N]
+  TensorView v;     // [B, H, N, Dv]
+  TensorView h;     // [B, H, N]
+  TensorView x;     // [B, M, c]
+  TensorView r;     // [B, M]
 };
 
 struct LatentOutputs {
@@ -155,6 +165,10 @@ struct CpuOps {
   // d_a [B, R, C] and d_x [B, M, c], channels contiguous, undefined where not needed; masked tokens are not written.
   void (*absorbed_attention_bwd)(const AbsorbedInputs&, const AbsorbedState& saved, const AbsorbedState& upstream,
                                  const TensorView& d_a, const TensorView& d_x);
+  // Of queries on a grid; the outputs are as latent attention's.
+  void (*separable_query_attention_fwd)(const SeparableQueryInputs&, const LatentOutputs&);
+  void (*separable_query_attention_bwd)(const SeparableQueryInputs&, const LatentOutputs& saved,
+                                        const TensorView& d_out, const SeparableQueryGradients&);
   // product [M, N], residual and out [M, N or N / 2], each of any floating dtype but float64 only for a float64
   // product; columns contiguous. out may be the product or the residual itself.
   void (*linear_epilogue_fwd)(const LinearEpilogue&, const TensorView& product, const TensorView& residual,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from another_process import INSTRUCTION_SETS, check_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine_code import Build, Figures, figures, needs_triton
@@ -89,7 +90,7 @@ def run(inputs: dict[str, Any], backend: str, **options: Any) -> dict[str, Tenso
 def check_against_reference(
     inputs: dict[str, Any], backend: str, v_dtype: torch.dtype, amplification: float = 1.0, **options: Any
 ) -> dict[str, Tensor]:
-    typed = cast(inputs, torch.float32, v_dtype)
+    typed = cast(inputs, torch.float64 if v_dtype == torch.float64 else torch.float32, v_dtype)
     truth = run(cast(typed, torch.float64), "reference", **options)
     plain, actual = run(typed, "reference", **options), run(typed, backend, **options)
     for name, value in actual.items():
@@ -144,7 +145,8 @@ def test_reference_is_the_formula(query_batch: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("batches", [(1, 2), (2, 1)])
-def test_gradcheck(batches: tuple[int, int], masked: bool, dropout_p: float) -> None:
+@pytest.mark.parametrize("backend", ["reference", *(["native"] if "native" in BACKENDS else [])])
+def test_gradcheck(backend: str, batches: tuple[int, int], masked: bool, dropout_p: float) -> None:
     inputs = make_inputs(QueryShape(2, *batches, 2, 4, 2, 3, (2, 3)), masked=masked)
     leaves = {name: value.requires_grad_() for name, value in named_leaves(inputs).items()}
 
@@ -153,7 +155,7 @@ def test_gradcheck(batches: tuple[int, int], masked: bool, dropout_p: float) -> 
             (t0, t1), v, h=h, k=k, x=x, r=r, mask=inputs["mask"], dropout_p=dropout_p, seed=3
         )
 
-    with pk.use_backend("reference"):
+    with pk.use_backend(backend):
         assert torch.autograd.gradcheck(f, tuple(leaves.values()))
 
 
@@ -175,13 +177,47 @@ CUDA_SHAPES = [
     QueryShape(1, 1, 1, 1, 40, -1, 72, (150,)),
     QueryShape(1, 1, 1, 2, 140, 2, 8, (5, 3, 8)),
 ]
+# The same in C++ for CPUs: blocks of keys and of queries, outer positions in a block, parts of the queries, depths of a
+# product over channels.
+NATIVE_SHAPES = [
+    QueryShape(1, 1, 1, 2, 140, 2, 8, (5, 3, 8)),
+    QueryShape(2, 1, 1, 2, 300, 20, 17, (40, 1, 3)),
+    QueryShape(1, 1, 1, 1, 129, 128, 322, (150,)),
+]
+LARGE = [(backend, shape) for backend, shapes in (("cuda", CUDA_SHAPES), ("native", NATIVE_SHAPES)) for shape in shapes]
 
 
-@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "shape"), [(b, shape) for b, shape in LARGE if b in BACKENDS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.skipif("cuda" not in BACKENDS, reason="no CUDA")
-def test_shapes_of_several_tiles(dtype: torch.dtype, shape: QueryShape) -> None:
-    check_against_reference(make_inputs(shape, masked=shape.batch > 1), "cuda", dtype)
+def test_shapes_of_several_tiles(dtype: torch.dtype, backend: str, shape: QueryShape) -> None:
+    check_against_reference(make_inputs(shape, masked=shape.batch > 1), backend, dtype)
+
+
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+def test_instruction_sets(level: str) -> None:
+    check_at(
+        level,
+        "test_separable_query_attention",
+        """
+        for shape in (t.QueryShape(2, 1, 1, 2, 37, 5, 19, (5, 12)), t.QueryShape(1, 1, 1, 1, 300, -1, 3, (2, 2, 15))):
+            inputs = t.make_inputs(shape, masked=shape.batch > 1)
+            for dtype in (torch.float32, torch.float64):
+                t.check_against_reference(inputs, "native", dtype)
+        """,
+    )
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    inputs = cast(make_inputs(QueryShape(2, 1, 1, 2, 150, 3, 20, (9, 40))), torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(inputs, "native", dropout_p=0.2, seed=4))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 SMALL = QueryShape(2, 1, 1, 2, 18, 2, 6, (2, 5))
@@ -392,7 +428,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_explain_and_a_forced_backend_that_cannot_run() -> None:
     inputs = make_inputs(SMALL)
-    assert "reference: runs this call" in explain(**inputs)
+    assert f"{BACKENDS[-1] if 'native' in BACKENDS else 'reference'}: runs this call" in explain(**inputs)
     assert "triton: no, device is cpu" in explain(**inputs)
     with pk.use_backend("triton"), pytest.raises(dispatch.BackendError, match="compute dtype is float64"):
         separable_query_attention(**inputs)

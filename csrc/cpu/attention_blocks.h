@@ -185,10 +185,21 @@ class ScoreBlock {
 
   // scores = queries columns^T
   void score(const T* queries, int64_t count, const T* columns, int64_t channels, int64_t keys) {
-    std::fill_n(largest_, touched_rows<T>(count), broadcast(-std::numeric_limits<T>::infinity()));
+    forget_largest(count);
     multiply_channels<T>(queries, count, columns, channels, keys,
                          [&](bool adds, bool last) { return StoreScores{scores_.get(), largest_, keys, adds, last}; });
   }
+
+  // For scores that are not a product alone: the product as it is, then the rows, each with its largest, lane by lane.
+  void multiply(const T* queries, int64_t count, const T* columns, int64_t channels, int64_t keys) {
+    multiply_channels<T>(queries, count, columns, channels, keys,
+                         [&](bool adds, bool) { return StoreTile<T, kStep>{scores_.get(), adds}; });
+  }
+  void forget_largest(int64_t count) {
+    std::fill_n(largest_, touched_rows<T>(count), broadcast(-std::numeric_limits<T>::infinity()));
+  }
+  T* row(int64_t query) { return scores_.get() + query * kStep; }
+  void set_largest(int64_t query, Vec<T> largest) { largest_[query] = largest; }
 
   // Scores become weights, relative to the largest score so far.
   void softmax_step(SoftmaxState<T>& state, int64_t count, int64_t keys, const KeptWeights& kept) {

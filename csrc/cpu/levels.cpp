@@ -22,6 +22,9 @@
   void absorbed_attention_fwd(const AbsorbedInputs&, const AbsorbedState&);                                         \
   void absorbed_attention_bwd(const AbsorbedInputs&, const AbsorbedState&, const AbsorbedState&, const TensorView&, \
                               const TensorView&);                                                                   \
+  void separable_query_attention_fwd(const SeparableQueryInputs&, const LatentOutputs&);                            \
+  void separable_query_attention_bwd(const SeparableQueryInputs&, const LatentOutputs&, const TensorView&,          \
+                                     const SeparableQueryGradients&);                                               \
   void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);         \
   void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,          \
                            const TensorView&);                                                                      \
@@ -40,6 +43,8 @@
             cross_attention_bwd,                                                                                    \
             absorbed_attention_fwd,                                                                                 \
             absorbed_attention_bwd,                                                                                 \
+            separable_query_attention_fwd,                                                                          \
+            separable_query_attention_bwd,                                                                          \
             linear_epilogue_fwd,                                                                                    \
             linear_epilogue_bwd,                                                                                    \
             exp_rate};                                                                                              \

@@ -31,13 +31,7 @@ pk::cuda::SeparableCall separable_call(const py::tuple& tensors, const py::tuple
 // Whether by tensor cores it is the kernels for few channels that run.
 bool few_channels(const pk::cuda::SeparableCall& call) { return call.x.size(-1) <= 4; }
 
-// (form, v, bias, x, r) and (d_out, reference, delta).
-pk::SeparableQueryInputs query_inputs(const py::tuple& inputs, const std::vector<int64_t>& grid,
-                                      const py::tuple& dropout) {
-  return {view(inputs[0]),        view(inputs[1]), view(inputs[2]), view(inputs[3]), view(inputs[4]), grid,
-          pk::dropout_of(dropout)};
-}
-
+// (d_out, reference, delta).
 pk::SeparableQuerySaved query_saved(const py::tuple& saved) { return {view(saved[0]), view(saved[1]), view(saved[2])}; }
 
 }  // namespace
@@ -95,7 +89,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("separable_query_attention_fwd",
              [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
                 const py::handle& out, const py::handle& lse, uintptr_t stream) {
-               const auto in = query_inputs(inputs, grid, dropout);
+               const auto in = pk::separable_query_inputs(inputs, grid, dropout);
                const auto out_view = view(out), lse_view = view(lse);
                run([&] { return pk::cuda::separable_query_attention_fwd(in, out_view, lse_view, stream_at(stream)); });
              });
@@ -112,7 +106,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("separable_query_attention_bwd_queries",
              [](const py::tuple& inputs, const std::vector<int64_t>& grid, const py::tuple& dropout,
                 const py::tuple& saved, const py::handle& d_x, const py::handle& d_r, uintptr_t stream) {
-               const auto in = query_inputs(inputs, grid, dropout);
+               const auto in = pk::separable_query_inputs(inputs, grid, dropout);
                const auto left = query_saved(saved);
                const auto d_x_view = view(d_x), d_r_view = view(d_r);
                run([&] {
@@ -123,7 +117,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("separable_query_attention_bwd_keys", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
                                                       const py::tuple& dropout, const py::tuple& saved,
                                                       const py::tuple& results, uintptr_t stream) {
-    const auto in = query_inputs(inputs, grid, dropout);
+    const auto in = pk::separable_query_inputs(inputs, grid, dropout);
     const auto left = query_saved(saved);
     const pk::SeparableQueryKeyGradients out{view(results[0]), view(results[1]), view(results[2]), view(results[3])};
     run([&] { return pk::cuda::separable_query_attention_bwd_keys(in, left, out, stream_at(stream)); });
@@ -131,7 +125,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("separable_query_attention_bwd_values", [](const py::tuple& inputs, const std::vector<int64_t>& grid,
                                                         const py::tuple& dropout, const py::tuple& saved,
                                                         const py::handle& d_v, uintptr_t stream) {
-    const auto in = query_inputs(inputs, grid, dropout);
+    const auto in = pk::separable_query_inputs(inputs, grid, dropout);
     const auto left = query_saved(saved);
     const auto d_v_view = view(d_v);
     run([&] { return pk::cuda::separable_query_attention_bwd_values(in, left, d_v_view, stream_at(stream)); });

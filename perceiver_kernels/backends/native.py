@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.layout import rows_first
+from perceiver_kernels.backends.masked_keys import without_masked_keys, zero_masked_keys
 
 # The codes of pk::DType in csrc/tensor.h.
 DTYPE_CODES = {
@@ -299,6 +300,87 @@ def absorbed_attention_bwd(
         describe(d_x) if x is not None and needs_x else None, torch.get_num_threads(),
     )  # fmt: skip
     return d_a.sum(0, keepdim=True) if needs_a and a.shape[0] == 1 and batch != 1 else d_a, d_x
+
+
+def separable_query_attention_fwd(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    grid: Sequence[int],
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """out (batch, heads, M, head_dim_v) in v's dtype, lse, by csrc/cpu/separable_query_attention.cpp."""
+    batch, heads, _, head_dim = v.shape
+    form, values, bias = without_masked_keys(form, _computable(v, form), h, mask)
+    out = empty_large(values, (batch, math.prod(grid), heads, head_dim), values.dtype).transpose(1, 2)
+    lse = form.new_empty(batch, heads, math.prod(grid))
+    cpu_module().separable_query_attention_fwd(
+        describe_all((form, values, bias, x, r)),
+        list(grid),
+        (dropout_p, seed, 0),
+        describe_all((out, lse)),
+        torch.get_num_threads(),
+    )
+    return out.to(v.dtype), lse
+
+
+def separable_query_attention_bwd(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None,
+    x: Tensor | None,
+    r: Tensor | None,
+    mask: Tensor | None,
+    grid: Sequence[int],
+    dropout_p: float,
+    seed: int,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the form, v, h, x and r, empty where not needed, by csrc/cpu/separable_query_attention.cpp."""
+    batch = v.shape[0]
+    shared = form, h, x, r
+    form, values, bias = without_masked_keys(form, _computable(v, form), h, mask)
+    out, d_out = _computable(out, form), _computable(d_out, form)
+    lse = lse.contiguous()
+    needs_form, needs_v, *needs_others = needs
+    results = (
+        form.new_empty(batch, *form.shape[1:]) if needs_form else None,
+        torch.empty_like(values, memory_format=torch.contiguous_format) if needs_v else None,
+        *(
+            form.new_empty(batch, *tensor.shape[1:]) if needed and tensor is not None else None
+            for tensor, needed in zip((h, x, r), needs_others, strict=True)
+        ),
+    )
+    cpu_module().separable_query_attention_bwd(
+        describe_all((form, values, bias, x, r)),
+        list(grid),
+        (dropout_p, seed, 0),
+        describe_all((out, lse)),
+        describe(d_out),
+        describe_all(results),
+        torch.get_num_threads(),
+    )
+    d_form, d_v, *others = results
+    for gradient, keys in ((d_form, 3), (d_v, 2), (others[0], 2)):
+        if gradient is not None:
+            zero_masked_keys(gradient, mask, keys)
+    d_form, d_h, d_x, d_r = (
+        form.new_empty(0) if gradient is None or tensor is None else gradient.sum_to_size(tensor.shape)
+        for gradient, tensor in zip((d_form, *others), shared, strict=True)
+    )
+    return d_form, v.new_empty(0) if d_v is None else d_v.to(v.dtype), d_h, d_x, d_r
+
+
+def _computable(tensor: Tensor, form: Tensor) -> Tensor:
+    """Kernels that compute in float64 take nothing else."""
+    return tensor.to(form.dtype) if form.dtype == torch.float64 else tensor
 
 
 def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

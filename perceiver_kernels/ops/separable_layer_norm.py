@@ -45,7 +45,7 @@ def separable_layer_norm(
         x_scale, x_shift: (c,), optional normalisation of raw data.
 
     Returns:
-        (batch, S_1, ..., S_A) in the dtype of sums; differentiable in x.
+        (batch, S_1, ..., S_A) in the dtype of sums; differentiable in x, sums and squares.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the message names the argument.
@@ -105,9 +105,9 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, sums, squares, x_scale, x_shift, feature_channels, _ = inputs
-    if any(vector is not None and vector.requires_grad for vector in (*sums, *squares, x_scale, x_shift)):
-        raise ValueError("sums, squares, x_scale or x_shift requires a gradient, but only x has one")
+    x, sums, _, x_scale, x_shift, feature_channels, _ = inputs
+    if any(vector is not None and vector.requires_grad for vector in (x_scale, x_shift)):
+        raise ValueError("x_scale or x_shift requires a gradient, but only x, sums and squares have one")
     ctx.save_for_backward(x, *sums, x_scale, x_shift, output)
     ctx.axes, ctx.feature_channels = len(sums), feature_channels
 
@@ -115,15 +115,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, d_r: Tensor) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     sums, (x_scale, x_shift, r) = rest[: ctx.axes], rest[ctx.axes :]
+    needs_x, needs_sums, needs_squares, *_ = ctx.needs_input_grad
+    width = x.shape[-1] + ctx.feature_channels
+    data = reference.normalised(x.to(r.dtype), x_scale, x_shift)
+    mean = (data.sum(-1) + reference.on_grid(sums)) / width
+    d_variance = d_r * r**3 / (-2 * width)  # of the variance times the channels
     d_x = None
-    if ctx.needs_input_grad[0]:
-        data = reference.normalised(x.to(r.dtype), x_scale, x_shift)
-        width = x.shape[-1] + ctx.feature_channels
-        mean = (data.sum(-1) + reference.on_grid(sums)) / width
-        d_x = (-(d_r * r**3) / width)[..., None] * (data - mean[..., None])
+    if needs_x:
+        d_x = 2 * d_variance[..., None] * (data - mean[..., None])
         d_x = (d_x if x_scale is None else d_x * x_scale).to(x.dtype)
-    none = [None] * ctx.axes
-    return d_x, none, none, None, None, None, None
+    d_sums = _marginals(-2 * mean * d_variance, needs_sums)
+    return d_x, d_sums, _marginals(d_variance, needs_squares), None, None, None, None
+
+
+def _marginals(values: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Per axis that needs it the sums over the batch and all other axes of values (batch, S_1, ..., S_A)."""
+    axes = range(1, values.dim())
+    return [
+        values.sum([0, *(axis for axis in axes if axis != k)]) if need else None
+        for k, need in zip(axes, needs, strict=True)
+    ]
 
 
 implement("separable_layer_norm", _fwd, _fake)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import separable_query_attention as reference
-from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
 from perceiver_kernels.ops.validation import (
@@ -57,6 +58,7 @@ declare_gpu(
     axes=(1, MAX_AXES),
     channels=(1, TRITON_MAX_HEAD_DIM),
 )
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES, axes=(1, MAX_AXES))
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
@@ -113,6 +115,30 @@ def separable_query_attention(
     form = torch.cat([part.transpose(2, 3) for part in (*(() if k is None else (k,)), *tables)], 2)
     grid = [table.shape[3] for table in tables]
     return torch.ops.perceiver_kernels.separable_query_attention_fwd(form, v, h, x, r, mask, random, grid, dropout_p)[0]
+
+
+def attend_from_grid(
+    form: Tensor,
+    v: Tensor,
+    h: Tensor | None = None,
+    x: Tensor | None = None,
+    r: Tensor | None = None,
+    *,
+    grid: Sequence[int],
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """separable_query_attention for callers that have k and the tables in one array: nothing is copied or cast.
+
+    Args:
+        form: (batch or 1, heads, c + S_1 + ... + S_A, N), k and then the tables, transposed.
+        grid: S_1, ..., S_A.
+        v, h, x, r, mask, dropout_p: as there; the queries of x and r in one dimension.
+    """
+    random = seed_tensor(dropout_p)
+    return torch.ops.perceiver_kernels.separable_query_attention_fwd(
+        form, v, h, x, r, mask, random, list(grid), dropout_p
+    )[0]
 
 
 def _checked(

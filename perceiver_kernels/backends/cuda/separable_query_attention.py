@@ -11,6 +11,7 @@ from torch import Tensor
 
 from perceiver_kernels.backends.cuda import runtime
 from perceiver_kernels.backends.gpu import multiprocessors
+from perceiver_kernels.backends.masked_keys import without_masked_keys, zero_masked_keys
 from perceiver_kernels.backends.native import describe, describe_all
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -87,30 +88,9 @@ def separable_query_attention_bwd(
 def _inputs(
     form: Tensor, v: Tensor, h: Tensor | None, x: Tensor | None, r: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """form, v, the keys' bias, x and r as kernels take them: small ones contiguous, and what a key is that nothing
-    attends to is said by zeros and a bias of -inf."""
-    bias = None if h is None else h * math.log2(math.e)
-    if mask is not None:
-        left_out = ~mask[:, None]
-        form, v = form.masked_fill(left_out[:, :, None], 0.0), v.masked_fill(left_out[..., None], 0.0)
-        bias = form.new_zeros(1, v.shape[1], 1) if bias is None else bias
-        bias = bias.masked_fill(left_out, -torch.inf)
-    return (
-        form.contiguous(),
-        v.contiguous(),
-        None if bias is None else bias.contiguous(),
-        x,
-        None if r is None else r.contiguous(),
-    )
-
-
-def _left_out(gradient: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    """Zeros for the keys, along a dimension, that nothing attends to, whatever came upstream."""
-    if mask is None:
-        return gradient
-    shape = [mask.shape[0]] + [1] * (gradient.dim() - 1)
-    shape[dim] = mask.shape[1]
-    return gradient.masked_fill_(~mask.view(shape), 0.0)
+    """form, v, the keys' bias, x and r as kernels take them: small ones contiguous."""
+    form, v, bias = without_masked_keys(form, v, h, mask)
+    return form, v.contiguous(), bias, x, None if r is None else r.contiguous()
 
 
 def _parts(v: Tensor, grid: Sequence[int], chunks: int) -> tuple[int, int]:
@@ -135,11 +115,9 @@ def _bwd_keys(
     d_bias = form.new_empty(batch, heads, parts, keys)
     results = d_data, d_outer, d_table, d_bias
     runtime.module().separable_query_attention_bwd_keys(*call, describe_all(results), runtime.stream(v))
-    d_form = _left_out(torch.cat((d_data.sum(2), d_outer.sum(2), d_table.sum(2)), 2), mask, 3)
-    nothing = form.new_empty(0)
-    return d_form.sum_to_size(form.shape), nothing if h is None else _left_out(d_bias.sum(2), mask, 2).sum_to_size(
-        h.shape
-    )
+    d_form = zero_masked_keys(torch.cat((d_data.sum(2), d_outer.sum(2), d_table.sum(2)), 2), mask, 3)
+    d_h = form.new_empty(0) if h is None else zero_masked_keys(d_bias.sum(2), mask, 2).sum_to_size(h.shape)
+    return d_form.sum_to_size(form.shape), d_h
 
 
 def _bwd_values(call: tuple[Any, ...], v: Tensor, mask: Tensor | None, grid: Sequence[int]) -> Tensor:
@@ -147,7 +125,7 @@ def _bwd_values(call: tuple[Any, ...], v: Tensor, mask: Tensor | None, grid: Seq
     column_parts, outer_parts = _parts(v, grid, math.ceil(head_dim / CHUNKS[v.dtype]))
     d_v = v.new_empty(batch, heads, column_parts, outer_parts, keys, head_dim, dtype=torch.float32)
     runtime.module().separable_query_attention_bwd_values(*call, describe(d_v), runtime.stream(v))
-    return _left_out(d_v.sum((2, 3)), mask, 2).to(v.dtype)
+    return zero_masked_keys(d_v.sum((2, 3)), mask, 2).to(v.dtype)
 
 
 def _bwd_queries(
