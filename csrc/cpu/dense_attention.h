@@ -179,13 +179,15 @@ class DenseForward {
   // Both must outlive the object.
   DenseForward(const DenseCall<Tokens>& call, const Results& results)
       : call_(call), results_(results), sizes_(call.sizes), out_step_(row_step<T>(sizes_.head_dim_v)) {
-    constexpr int64_t most_blocks = 12, few_tasks = 16;
+    constexpr int64_t most_blocks = 12, good_blocks = 8, few_tasks = 16;
     const int64_t heads = std::max<int64_t>(sizes_.all_heads(), 1), query_blocks = sizes_.query_blocks();
-    const int64_t fewest_groups = std::max<int64_t>(blocks(query_blocks, most_blocks), 1);
-    const int64_t most_groups = std::max<int64_t>(blocks(query_blocks, Tokens::kFewestQueryBlocks), 1);
-    // Long parts of the keys cost nothing, groups of fewer queries pack more often, short parts are merged for long.
-    parts_ = parts_of(kWantedTasks, heads * fewest_groups, 2048);
-    groups_ = std::clamp(blocks(kWantedTasks, heads * parts_), fewest_groups, most_groups);
+    const auto groups_of = [&](int64_t size) { return std::max<int64_t>(blocks(query_blocks, size), 1); };
+    const int64_t fewest = groups_of(most_blocks);
+    // Long parts of the keys cost nothing; groups of fewer queries pack more often; short parts are merged for long.
+    parts_ = parts_of(kWantedTasks, heads * fewest, 2048);
+    groups_ = std::max(
+        std::clamp(blocks(kWantedTasks, heads * parts_), fewest, groups_of(good_blocks)),
+        std::clamp(blocks(few_tasks, heads * parts_), fewest, std::max(fewest, groups_of(Tokens::kFewestQueryBlocks))));
     parts_ = std::max(parts_, parts_of(few_tasks, heads * groups_, 256));
   }
 

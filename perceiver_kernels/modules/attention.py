@@ -12,7 +12,6 @@ from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.folding import (
     PathChoice,
-    absorbed_by_torch,
     absorbed_cross_attention,
     choose_path,
     separable_cross_attention,
@@ -186,7 +185,7 @@ class CrossAttention(nn.Module):
         if inverted:
             return "path: inverted\n  plain PyTorch: attention normalised over the latents has no fused path yet"
         choice = self._choose_path(latents, context, grid)
-        lines = [choice.describe(), *self._explain_attention(choice.path, latents, context)]
+        lines = [choice.describe(), *self._explain_attention(choice.path, latents, context, mask)]
         return "\n".join(lines)
 
     def _attend_to_segments(
@@ -254,17 +253,18 @@ class CrossAttention(nn.Module):
             num_tokens=num_tokens,
         )
 
-    def _explain_attention(self, path: str, latents: Tensor, context: Tensor) -> list[str]:
+    def _explain_attention(self, path: str, latents: Tensor, context: Tensor, mask: Tensor | None) -> list[str]:
         """What attends to dense tokens, on a path that has them."""
-        batch, queries, tokens, heads = context.shape[0], latents.shape[1], context.shape[1], self.heads
         if path == "separable":
             return []
+        (batch, tokens, _), queries, heads = context.shape, latents.shape[1], self.heads
+        plain = mask is None and (self.dropout == 0 or not self.training)
         if path == "absorbed":
-            reason = absorbed_by_torch(latents.device, batch, heads * queries, tokens, self.context_dim)
-            return [dense.describe(reason, "pk.absorbed_attention")]
-        sizes = {"batch": batch, "heads": heads, "rows": queries, "tokens": tokens}
-        reason = dense.torch_reason(latents.device, **sizes, head_dim=self.head_dim, head_dim_v=self.head_dim)
-        return [dense.describe(reason, "pk.cross_attention")]
+            sizes = dense.Sizes(batch, 1, heads * queries, tokens, self.context_dim, self.context_dim, plain)
+        else:
+            sizes = dense.Sizes(batch, heads, queries, tokens, self.head_dim, self.head_dim, plain)
+        ours = "pk.absorbed_attention" if path == "absorbed" else "pk.cross_attention"
+        return [dense.describe(dense.torch_reason(latents.device, sizes), ours)]
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
         """The dense tokens (batch, M, context_dim), with a grid's features written out."""

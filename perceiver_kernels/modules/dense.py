@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,23 +15,48 @@ from perceiver_kernels.ops.cross_attention import MAX_HEAD_DIM, cross_attention
 # with less, packing the keys and the call itself cost more than they save. benchmarks/dense_attention.py measures it.
 LEAST_ROWS = 48
 LEAST_WORK = 1 << 26
+# From so many rows, tokens and channels on torch's products of large blocks are faster by some percent, unless there
+# is a mask or dropout.
+LARGE = 1024
+WIDE = 512
 
 
-def torch_reason(
-    device: torch.device, *, batch: int, heads: int, rows: int, tokens: int, head_dim: int, head_dim_v: int
-) -> str | None:
+@dataclass(frozen=True)
+class Sizes:
+    """What the choice depends on. rows: queries of all heads that share their tokens; plain: no mask, no dropout."""
+
+    batch: int
+    heads: int
+    rows: int
+    tokens: int
+    head_dim: int
+    head_dim_v: int
+    plain: bool
+
+    @property
+    def work(self) -> int:
+        return self.batch * self.heads * self.rows * self.tokens * (self.head_dim + self.head_dim_v)
+
+    @property
+    def large(self) -> bool:
+        return min(self.rows, self.tokens) >= LARGE and self.head_dim == self.head_dim_v >= WIDE
+
+
+def torch_reason(device: torch.device, sizes: Sizes) -> str | None:
     """Why torch's attention runs a call of these sizes; None where ours does."""
     if device.type != "cpu":
         return f"the device is {device.type}"
     if _native_unavailable():
         return "there is no compiled CPU module"
-    if max(head_dim, head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim is {max(head_dim, head_dim_v)}, more than {MAX_HEAD_DIM}"
-    if rows < LEAST_ROWS:
-        return f"{rows} queries are fewer than {LEAST_ROWS}"
-    work = batch * heads * rows * tokens * (head_dim + head_dim_v)
-    if work < LEAST_WORK:
-        return f"{work / 1e6:.1f} M multiply-adds are fewer than {LEAST_WORK / 1e6:.1f} M"
+    widest = max(sizes.head_dim, sizes.head_dim_v)
+    if widest > MAX_HEAD_DIM:
+        return f"head_dim is {widest}, more than {MAX_HEAD_DIM}"
+    if sizes.rows < LEAST_ROWS:
+        return f"{sizes.rows} queries are fewer than {LEAST_ROWS}"
+    if sizes.work < LEAST_WORK:
+        return f"{sizes.work / 1e6:.1f} M multiply-adds are fewer than {LEAST_WORK / 1e6:.1f} M"
+    if sizes.large and sizes.plain:
+        return f"{sizes.rows} queries x {sizes.tokens} tokens of head_dim {widest} suit it"
     return None
 
 
@@ -63,8 +90,9 @@ def attend(
     """
     batch, heads, tokens, head_dim = keys.shape
     query = query.expand(batch, -1, -1, -1)
-    sizes = {"batch": batch, "heads": heads, "rows": query.shape[2], "tokens": tokens}
-    if not torch_reason(query.device, **sizes, head_dim=head_dim, head_dim_v=values.shape[3]):
+    plain = mask is None and dropout_p == 0
+    sizes = Sizes(batch, heads, query.shape[2], tokens, head_dim, values.shape[3], plain)
+    if torch_reason(query.device, sizes) is None:
         return cross_attention(query, keys, values, mask=mask, scale=scale, dropout_p=dropout_p)
     return attend_by_torch(query, keys, values, mask, scale, dropout_p)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels.encodings import FourierGrid
-from perceiver_kernels.modules.dense import torch_reason
+from perceiver_kernels.modules.dense import Sizes, torch_reason
 from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, attend_to_grid
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
@@ -181,7 +181,9 @@ def absorbed_cross_attention(
         (batch, queries, heads * head_dim).
     """
     batch, tokens, channels = context.shape
-    if absorbed_by_torch(context.device, batch, heads * query.shape[1], tokens, channels):
+    plain = mask is None and dropout_p == 0
+    sizes = Sizes(batch, 1, heads * query.shape[1], tokens, channels, channels, plain)
+    if torch_reason(context.device, sizes) is not None:
         parameters = [kv_weight, kv_bias, norm_weight, norm_bias]
         return _absorbed_by_torch(query, context, mask, parameters, heads, scale, eps, dropout_p)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -189,12 +191,6 @@ def absorbed_cross_attention(
         parameters = [None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)]
         result = _absorbed(query.to(dtype), context, mask, parameters, heads, scale, eps, dropout_p)
     return result.to(query.dtype)
-
-
-def absorbed_by_torch(device: torch.device, batch: int, rows: int, tokens: int, channels: int) -> str | None:
-    """Why the absorbed path's attention is torch's; None where it is absorbed_attention."""
-    sizes = {"batch": batch, "heads": 1, "rows": rows, "tokens": tokens}
-    return torch_reason(device, **sizes, head_dim=channels, head_dim_v=channels)
 
 
 def _absorbed(
