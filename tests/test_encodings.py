@@ -360,3 +360,19 @@ def test_bad_input(name: str) -> None:
     call, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_coordinates_without_an_endpoint_and_rounded_features() -> None:
+    """As Hugging Face has them: -1 + 2 i / S, and every step in float32."""
+    half_open = FourierGrid((4,), num_bands=2, max_freq=4.0, endpoint=False)
+    assert half_open.tables()[0][:, -1].tolist() == [-1.0, -0.5, 0.0, 0.5]
+    options = {"shape": (999,), "num_bands": 64, "max_freq": 30720.0, "order": "grouped"}
+    rounded, exact = (FourierGrid(**options, precision=precision) for precision in ("float32", "float64"))
+    assert rounded != exact
+    x = torch.linspace(-1, 1, 999)[:, None]
+    angles = math.pi * (x * torch.linspace(1, 15360, 64))
+    table = rounded.tables(dtype=torch.float64)[0].float()
+    torch.testing.assert_close(table, torch.cat((x, angles.sin(), angles.cos()), 1), rtol=0, atol=1e-6)
+    assert 1e-4 < (table - exact.tables()[0]).abs().max() < 1e-2
+    with pytest.raises(ValueError, match="precision is 'float16', must be 'float64' or 'float32'"):
+        FourierGrid((4,), num_bands=2, max_freq=4.0, precision="float16")

@@ -22,6 +22,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import PerceiverConfig
 from transformers.models.perceiver import modeling_perceiver as theirs
 
+from perceiver_kernels import integrations
 from perceiver_kernels.integrations import transformers as ours
 from perceiver_kernels.integrations.swap import Accelerated
 from perceiver_kernels.integrations.unbuilt import Unbuilt
@@ -541,3 +542,12 @@ def test_bad_input() -> None:
 
     with pytest.raises(ValueError, match=r"NewGELUActivation of nothing, must be or hold a Perceiver of transformers"):
         pk.accelerate(NewGELUActivation())
+
+
+def test_another_package_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no reason not to accelerate what is known beside it."""
+    monkeypatch.setitem(integrations.INTEGRATIONS, "theirs", "perceiver_kernels.integrations.nowhere")
+    other = type("Perceiver", (nn.Identity,), {"__module__": "theirs.models"})()
+    with pytest.raises(ValueError, match="this theirs is none of those: No module named"):
+        pk.accelerate(other)
+    assert pk.accelerate(nn.Sequential(other, build("masked_lm"))).swapped

@@ -72,15 +72,22 @@ def restore(model: nn.Module) -> nn.Module:
 def _plan(model: nn.Module) -> list[Swap | Left]:
     """What each integration concerned has planned, in the order of INTEGRATIONS."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    plans = [import_module(INTEGRATIONS[name]).plan(model) for name in INTEGRATIONS if name in packages]
-    known = [plan for plan in plans if plan is not None]
-    if not known:
-        kind = type(model)
-        found = ", ".join(sorted({type(module).__name__ for module in model.modules()} - {kind.__name__})) or "nothing"
-        raise ValueError(
-            f"model is a {kind.__module__}.{kind.__name__} of {found}, must be or hold a Perceiver of {SUPPORTED}"
-        )
-    return [step for plan in known for step in plan]
+    steps: list[Swap | Left] = []
+    unlike = ""
+    for package in (name for name in INTEGRATIONS if name in packages):
+        try:
+            integration = import_module(INTEGRATIONS[package])
+        except ImportError as error:  # another package of this name, or another release
+            unlike += f"; this {package} is none of those: {error}"
+            continue
+        steps += integration.plan(model) or []
+    if steps:
+        return steps
+    kind = type(model)
+    found = ", ".join(sorted({type(module).__name__ for module in model.modules()} - {kind.__name__})) or "nothing"
+    raise ValueError(
+        f"model is a {kind.__module__}.{kind.__name__} of {found}, must be or hold a Perceiver of {SUPPORTED}{unlike}"
+    )
 
 
 __all__ = ["Left", "Report", "Swap", "accelerate", "restore"]
