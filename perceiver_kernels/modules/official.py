@@ -72,6 +72,7 @@ class LatentBlocks(nn.Module):
         dim: channels of a latent.
         layers: of a block.
         blocks: how often the same layers run.
+        mult: hidden channels of the MLPs per channel.
         heads, head_dim, head_dim_v: of the attention; head_dim and head_dim_v default to dim / heads.
     """
 
@@ -82,6 +83,7 @@ class LatentBlocks(nn.Module):
         *,
         blocks: int = 1,
         heads: int = 8,
+        mult: int = 1,
         head_dim: int | None = None,
         head_dim_v: int | None = None,
     ) -> None:
@@ -95,7 +97,7 @@ class LatentBlocks(nn.Module):
             nn.ModuleList(
                 [
                     SelfAttention(dim, heads=heads, qkv_bias=True, **widths),
-                    FeedForward(dim, mult=1, activation="gelu"),
+                    FeedForward(dim, mult=mult, activation="gelu"),
                 ]
             )
             for _ in range(layers)
