@@ -91,7 +91,7 @@ def main() -> None:
     training = [[text for i, text in enumerate(language) if i % 4] for language in files]
     model = classifier(len(files))
     print(pk.accelerate(model))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
         tokens, labels = passages(training, BATCH)
         loss = F.cross_entropy(model(tokens), labels)
