@@ -25,6 +25,7 @@ CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 
 KERNELS = [
+    "absorbed_attention",
     "cross_attention",
     "latent_attention",
     "linear",

@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include <numeric>
+#include <optional>
 #include <string>
 
 #include "cpu/huge_pages.h"
@@ -22,6 +23,21 @@ using pk::views;
 pk::CrossInputs cross_inputs(const py::tuple& inputs, double scale, const py::tuple& dropout) {
   return {latent_inputs(inputs, scale, dropout), view(inputs[3])};
 }
+
+// (frequencies, grouped, concat_pos, sine_only).
+pk::FourierBands fourier_bands(const py::tuple& features) {
+  return {py::cast<std::vector<double>>(features[0]), py::cast<bool>(features[1]), py::cast<bool>(features[2]),
+          py::cast<bool>(features[3])};
+}
+
+// (a, x, positions, mask).
+pk::AbsorbedInputs absorbed_inputs(const py::tuple& inputs, const py::tuple& features, const std::optional<double>& eps,
+                                   const py::tuple& dropout) {
+  return {view(inputs[0]),         view(inputs[1]), view(inputs[2]),   view(inputs[3]),
+          fourier_bands(features), eps.has_value(), eps.value_or(0.0), pk::dropout_of(dropout)};
+}
+
+pk::AbsorbedState absorbed_state(const py::tuple& state) { return {view(state[0]), view(state[1]), view(state[2])}; }
 
 pk::LinearEpilogue linear_epilogue(const py::handle& bias, int activation, bool gated) {
   return {view(bias), static_cast<pk::Activation>(activation), gated};
@@ -126,6 +142,23 @@ PYBIND11_MODULE(_cpu, module) {
                                                         view(gradients[3]), view(gradients[4])};
                run(threads, [&] { pk::cpu_ops().separable_query_attention_bwd(in, out, upstream, result); });
              });
+
+  module.def("absorbed_attention_fwd",
+             [](const py::tuple& inputs, const py::tuple& features, const std::optional<double>& eps,
+                const py::tuple& dropout, const py::tuple& outputs, int threads) {
+               const auto in = absorbed_inputs(inputs, features, eps, dropout);
+               const auto out = absorbed_state(outputs);
+               run(threads, [&] { pk::cpu_ops().absorbed_attention_fwd(in, out); });
+             });
+  module.def(
+      "absorbed_attention_bwd",
+      [](const py::tuple& inputs, const py::tuple& features, const std::optional<double>& eps, const py::tuple& dropout,
+         const py::tuple& saved, const py::tuple& upstream, const py::handle& d_a, const py::handle& d_x, int threads) {
+        const auto in = absorbed_inputs(inputs, features, eps, dropout);
+        const auto out = absorbed_state(saved), up = absorbed_state(upstream);
+        const auto d_a_view = view(d_a), d_x_view = view(d_x);
+        run(threads, [&] { pk::cpu_ops().absorbed_attention_bwd(in, out, up, d_a_view, d_x_view); });
+      });
 
   module.def("linear_epilogue_fwd", [](const py::handle& bias, int activation, bool gated, const py::handle& product,
                                        const py::handle& residual, const py::handle& out, int threads) {

@@ -60,6 +60,24 @@ struct LatentInputs {
   Dropout dropout;
 };
 
+// Inputs of absorbed attention: a token is [x ; features of its position].
+struct AbsorbedInputs {
+  TensorView a;          // [B, R, C], any strides: 0 for one that all inputs share
+  TensorView x;          // [B, M, c] or undefined
+  TensorView positions;  // [B, M, A] or undefined
+  TensorView mask;       // [B, M], boolean, or undefined
+  FourierBands bands;
+  bool normalises = false;  // by LayerNorm, with this eps
+  double eps = 0;
+  Dropout dropout;
+};
+
+struct AbsorbedState {
+  TensorView acc;    // [B, R, C], channels contiguous
+  TensorView lse;    // [B, R], float64
+  TensorView total;  // [B, R]
+};
+
 // Inputs of separable_query_attention, all but x contiguous; on CPUs v and r have any strides, too. Keys that nothing
 // attends to are zeros in form and v. A dropout row is head * M + query, M the grid's size.
 struct SeparableQueryInputs {
@@ -143,6 +161,10 @@ struct CpuOps {
   void (*cross_attention_fwd)(const CrossInputs&, const LatentOutputs&);
   void (*cross_attention_bwd)(const CrossInputs&, const LatentOutputs& saved, const TensorView& d_out,
                               const LatentGradients&);
+  void (*absorbed_attention_fwd)(const AbsorbedInputs&, const AbsorbedState&);
+  // d_a [B, R, C] and d_x [B, M, c], channels contiguous, undefined where not needed; masked tokens are not written.
+  void (*absorbed_attention_bwd)(const AbsorbedInputs&, const AbsorbedState& saved, const AbsorbedState& upstream,
+                                 const TensorView& d_a, const TensorView& d_x);
   // Of queries on a grid; the outputs are as latent attention's.
   void (*separable_query_attention_fwd)(const SeparableQueryInputs&, const LatentOutputs&);
   void (*separable_query_attention_bwd)(const SeparableQueryInputs&, const LatentOutputs& saved,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from another_process import INSTRUCTION_SETS, check_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine_code import Build, figures, needs_triton
@@ -24,6 +25,7 @@ from perceiver_kernels.ops.absorbed_attention import OP, absorbed_attention, exp
 from perceiver_kernels.ops.fourier_encode import FourierBands, fourier_encode
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
+DOUBLE = [backend for backend in available_backends(OP) if torch.float64 in dtypes_of(OP, backend)]
 NAMES = ("acc", "lse", "total", "d_a", "d_x")
 
 pytestmark = pytest.mark.usefixtures("fused_multiply_add")
@@ -178,7 +180,8 @@ def test_it_is_attention_to_the_layer_normed_tokens() -> None:
 
 @pytest.mark.parametrize("eps", [None, 1e-3])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(dropout_p: float, eps: float | None) -> None:
+@pytest.mark.parametrize("backend", DOUBLE)
+def test_gradcheck(backend: str, dropout_p: float, eps: float | None) -> None:
     inputs, mask = make_inputs(SMALL).double(), make_mask(SMALL)
     options: dict[str, Any] = {"eps": eps, "mask": mask, "dropout_p": dropout_p, "seed": 3}
 
@@ -187,7 +190,7 @@ def test_gradcheck(dropout_p: float, eps: float | None) -> None:
         return [acc, lse.nan_to_num(neginf=0.0), total]  # -inf for the input that is masked as a whole
 
     assert inputs.x is not None
-    with pk.use_backend("reference"):
+    with pk.use_backend(backend):
         assert torch.autograd.gradcheck(f, (inputs.a.requires_grad_(), inputs.x.requires_grad_()))
 
 
@@ -353,6 +356,50 @@ def test_nothing_in_zeros_out(backend: str, shape: AbsorbedShape) -> None:
         assert (value == (-math.inf if name == "lse" else 0)).all()
 
 
+# --- what the native backend splits, and how it is compiled ----------------------------------------------------------
+
+SPLIT_SHAPES = [
+    AbsorbedShape(2, 1, 20, 700, 3, 2, 3),  # parts of the tokens
+    AbsorbedShape(1, 1, 700, 600, 3, 1, 2),  # several groups of rows; in backward, parts of the rows
+    AbsorbedShape(2, 2, 2, 300, 1024),
+]
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="without the compiled CPU module")
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
+def test_parts_are_merged_on_any_number_of_threads(shape: AbsorbedShape) -> None:
+    options: dict[str, Any] = {"mask": make_mask(shape), "eps": 1e-5, "dropout_p": 0.2, "seed": 5}
+    inputs, threads = make_inputs(shape), torch.get_num_threads()
+    check_against_reference(inputs, shape.bands, "native", **options)
+    expected = run(inputs, shape.bands, "native", **options)
+    try:
+        torch.set_num_threads(5)
+        actual = run(inputs, shape.bands, "native", **options)
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@needs_native
+def test_float64_tokens_of_float32_rows() -> None:
+    shape = SHAPES[2]
+    check_against_reference(make_inputs(shape).map(lambda x: x.double()), shape.bands, "native", eps=1e-5)
+
+
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+def test_every_instruction_set(level: str) -> None:
+    check_at(
+        level,
+        "test_absorbed_attention",
+        """
+        for shape in t.SHAPES + t.SPLIT_SHAPES[:1]:
+            t.check_against_reference(t.make_inputs(shape), shape.bands, "native", eps=1e-5, mask=t.make_mask(shape))
+        """,
+    )
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +444,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_explain_and_the_limits_of_triton() -> None:
     a, x = torch.zeros(1, 2, 513).double(), torch.zeros(1, 3, 513).double()
-    assert "reference: runs this call" in explain(a, x)
+    assert f"{BACKENDS[-1] if 'native' in BACKENDS else 'reference'}: runs this call" in explain(a, x)
     with pk.use_backend("triton"), pytest.raises(dispatch.BackendError) as raised:
         absorbed_attention(a, x)
     for reason in ("channels is 513, must be from 1 to 512", "compute dtype is float64, must be float32"):

@@ -12,6 +12,7 @@ import dense_attention
 import pytest
 import torch
 import torch.nn.functional as F
+from another_process import INSTRUCTION_SETS, check_at
 from dense_attention import BAD_INPUT, NAMES, channels_strided, expanded, make_inputs, misaligned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from perceiver_kernels.ops.cross_attention import OP, cross_attention, explain
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 BACKENDS = [backend for backend in available_backends(OP) if backend != "reference"]
+DOUBLE = [backend for backend in available_backends(OP) if torch.float64 in dtypes_of(OP, backend)]
 SMALL = LatentShape(2, 2, 5, 7, 4, 6)
 
 
@@ -60,11 +62,12 @@ def test_reference_is_latent_attention_s_and_torch_s() -> None:
         torch.testing.assert_close(cross_attention(q, k, v, mask=mask), expected)
 
 
+@pytest.mark.parametrize("backend", DOUBLE)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(dropout_p: float) -> None:
+def test_gradcheck(backend: str, dropout_p: float) -> None:
     leaves = [tensor.requires_grad_() for tensor in make_inputs(SMALL)[:3]]
     f = lambda *leaves: cross_attention(*leaves, mask=make_mask(SMALL), dropout_p=dropout_p, seed=3)  # noqa: E731
-    with pk.use_backend("reference"):
+    with pk.use_backend(backend):
         assert torch.autograd.gradcheck(f, leaves)
 
 
@@ -197,6 +200,70 @@ def test_queries_whose_scores_are_all_minus_infinity_get_zeros(backend: str) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nothing_in_zeros_out(backend: str, shape: LatentShape) -> None:
     dense_attention.check_zeros(cross_attention, backend, shape, torch.float32)
+
+
+# --- what the native backend splits, and how it is compiled ----------------------------------------------------------
+
+SPLIT_SHAPES = [
+    LatentShape(1, 1, 700, 600, 5, 7),  # several groups of queries, parts of the keys
+    LatentShape(2, 1, 900, 300, 4, 3),  # in backward: parts of the queries, several blocks of keys
+    LatentShape(2, 3, 2, 1500, 4, 4),
+]
+needs_native = pytest.mark.skipif("native" not in BACKENDS, reason="without the compiled CPU module")
+
+
+def prefix_mask(shape: LatentShape) -> Tensor:
+    """As padding at the end leaves it: keys are then read where they stand."""
+    return torch.arange(shape.keys) < torch.arange(shape.keys - 60, shape.keys - 60 + shape.batch)[:, None]
+
+
+@needs_native
+@pytest.mark.parametrize("masked", [None, make_mask, prefix_mask])
+@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
+def test_parts_are_merged(shape: LatentShape, masked: Callable[[LatentShape], Tensor] | None) -> None:
+    mask = None if masked is None else masked(shape)
+    check_against_reference(make_inputs(shape), "native", torch.float32, mask=mask, dropout_p=0.2, seed=5)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
+def test_the_number_of_threads_changes_nothing(shape: LatentShape) -> None:
+    inputs, threads, results = [tensor.float() for tensor in make_inputs(shape)], torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(run(inputs, "native", dropout_p=0.1, seed=1))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(value, other[name]), name
+
+
+@needs_native
+def test_nan_in_one_part_of_the_keys_reaches_all_results() -> None:
+    inputs = [tensor.float() for tensor in make_inputs(LatentShape(1, 1, 3, 700, 8, 8))]
+    for key in (0, 400, 699):
+        changed = [tensor.clone() for tensor in inputs]
+        changed[1][0, 0, key, 3] = math.nan
+        actual, expected = run(changed, "native"), run(changed, "reference")
+        for name, value in actual.items():
+            assert torch.equal(value.isnan(), expected[name].isnan()), name
+
+
+@pytest.mark.parametrize("level", INSTRUCTION_SETS)
+def test_every_instruction_set(level: str) -> None:
+    check_at(
+        level,
+        "test_cross_attention",
+        """
+        for shape in t.CROSS_SHAPES + t.SPLIT_SHAPES[:1]:
+            options = dict(mask=t.make_mask(shape), dropout_p=0.2, seed=1)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                t.check_against_reference(t.make_inputs(shape), "native", dtype)
+            t.check_against_reference(t.make_inputs(shape), "native", torch.float32, **options)
+        """,
+    )
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

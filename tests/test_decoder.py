@@ -173,6 +173,20 @@ def test_a_stream_of_blocks_is_the_decoder(block_bytes: int, recompute: bool) ->
         torch.testing.assert_close(actual, other)
 
 
+@pytest.mark.parametrize("features", [2, 14])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fewer_values_than_projected_channels(bias: bool, features: int) -> None:
+    """Without gradients, all after the attention is computed from the values' channels."""
+    arguments = decoder(grid_of(5, 5), channels=3, bias=bias)
+    weights, final = mlp(13, 21), OutputProjection(rand(features, 13), rand(features))
+    arguments |= {"output": OutputProjection(rand(13, 8), rand(13) + 5 if bias else None), "mlp": weights}
+    y = dense(**arguments)
+    hidden = F.gelu(F.linear(F.layer_norm(y, (13,), *weights[:2]), *weights[2:4]))
+    expected = F.linear(F.linear(hidden, *weights[4:6]) + y, *final)
+    torch.testing.assert_close(decode_streamed(**arguments, final=final), expected)
+    torch.testing.assert_close(decode_streamed(**arguments, final=final, block_bytes=1), expected)
+
+
 @pytest.mark.parametrize("order", ["per_axis", "grouped"])
 def test_chosen_queries_decode_as_in_the_whole(order: str) -> None:
     arguments = whole_decoder(grid_of(4, 5, order=order), channels=3, query_batch=2)

@@ -29,6 +29,17 @@ constexpr int kBackwardKeys = 128;
 // Rows of scores are an odd number of cache lines apart, so that a column of them does not compete for one set.
 template <class T, int Keys>
 constexpr int score_step = Keys + 64 / static_cast<int>(sizeof(T));
+// The same for rows of channels.
+template <class T>
+inline int64_t row_step(int64_t channels) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  return (blocks(rounded_up(channels, tile_width<T>), line) | 1) * line;
+}
+// From panel to panel of so many rows, likewise.
+template <class T>
+inline int64_t panel_step(int64_t rows) {
+  return (rows | 1) * tile_width<T>;
+}
 // Products over more channels than these are added up part by part: what a tile reads of both operands then stays in
 // the first-level cache, or comes from the second in time.
 constexpr int64_t kMostDepth = 256;

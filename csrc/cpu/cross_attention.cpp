@@ -70,7 +70,7 @@ class Gradients {
     write_rows(gradients_.q, batch, head, queries, nullptr, rows, step, scale);
   }
 
-  void write_keys(int64_t batch, int64_t head, const Range& keys, const T* d_keys, int64_t step, const T* d_values,
+  void write_keys(int64_t batch, int64_t head, const Range& keys, T* d_keys, int64_t step, const T* d_values,
                   int64_t step_v, T scale, T*) const {
     const int64_t* listed = tokens_.attended().listed(batch, keys.first);
     write_rows(gradients_.k, batch, head, keys, listed, d_keys, step, scale);

@@ -176,15 +176,19 @@ struct DenseCall {
 template <class T, class Tokens, class Results>
 class DenseForward {
  public:
+  // Both must outlive the object.
   DenseForward(const DenseCall<Tokens>& call, const Results& results)
-      : call_(call), results_(results), sizes_(call.sizes), out_step_(rounded_up(sizes_.head_dim_v, tile_width<T>)) {
-    constexpr int64_t most_blocks = 12, keys_of_part = 256;
+      : call_(call), results_(results), sizes_(call.sizes), out_step_(row_step<T>(sizes_.head_dim_v)) {
+    constexpr int64_t most_blocks = 12, good_blocks = 8, few_tasks = 16;
     const int64_t heads = std::max<int64_t>(sizes_.all_heads(), 1), query_blocks = sizes_.query_blocks();
-    const int64_t fewest_groups = std::max<int64_t>(blocks(query_blocks, most_blocks), 1);
-    const int64_t most_groups = std::max<int64_t>(blocks(query_blocks, Tokens::kFewestQueryBlocks), 1);
-    parts_ = std::clamp<int64_t>(blocks(kWantedTasks, heads * fewest_groups), 1,
-                                 std::clamp<int64_t>(blocks(sizes_.tokens, keys_of_part), 1, kMostParts));
-    groups_ = std::clamp(blocks(kWantedTasks, heads * parts_), fewest_groups, most_groups);
+    const auto groups_of = [&](int64_t size) { return std::max<int64_t>(blocks(query_blocks, size), 1); };
+    const int64_t fewest = groups_of(most_blocks);
+    // Long parts of the keys cost nothing; groups of fewer queries pack more often; short parts are merged for long.
+    parts_ = parts_of(kWantedTasks, heads * fewest, 2048);
+    groups_ = std::max(
+        std::clamp(blocks(kWantedTasks, heads * parts_), fewest, groups_of(good_blocks)),
+        std::clamp(blocks(few_tasks, heads * parts_), fewest, std::max(fewest, groups_of(Tokens::kFewestQueryBlocks))));
+    parts_ = std::max(parts_, parts_of(few_tasks, heads * groups_, 256));
   }
 
   void run() {
@@ -243,9 +247,14 @@ class DenseForward {
     Scratch(const DenseCall<Tokens>& call, int64_t query_blocks)
         : queries(query_blocks * kQueryBlock * call.sizes.head_dim),
           columns(kForwardKeys * call.sizes.head_dim),
-          values(kForwardKeys * rounded_up(call.sizes.head_dim_v, tile_width<T>)),
+          values(panel_step<T>(kForwardKeys) * blocks(call.sizes.head_dim_v, tile_width<T>)),
           copy(std::max(kQueryBlock * call.sizes.head_dim, call.tokens.copy_size(kForwardKeys))) {}
   };
+
+  int64_t parts_of(int64_t wanted_tasks, int64_t tasks, int64_t shortest) const {
+    return std::clamp<int64_t>(blocks(wanted_tasks, tasks), 1,
+                               std::clamp<int64_t>(blocks(sizes_.tokens, shortest), 1, kMostParts));
+  }
 
   Task task_of(int64_t index) const {
     const int64_t part = index % parts_, group = index / parts_ % groups_, head = index / (parts_ * groups_);
@@ -282,7 +291,7 @@ class DenseForward {
     constexpr int width = tile_width<T>;
     const TokenRows<T> rows = call_.tokens.rows(task.batch, task.head, keys, scratch.copy.get());
     pack_columns<T>(rows.keys, keys.count, sizes_.head_dim, scratch.columns.get());
-    pack_panels<T>(rows.values, keys.count, sizes_.head_dim_v, width, keys.count * width, scratch.values.get());
+    pack_panels<T>(rows.values, keys.count, sizes_.head_dim_v, width, panel_step<T>(keys.count), scratch.values.get());
   }
 
   void attend_to_block(const Task& task, int64_t block, const Range& keys, Group& group, Scratch& scratch) const {
@@ -293,7 +302,7 @@ class DenseForward {
     scratch.scores.softmax_step(group.softmax[static_cast<size_t>(local)], queries.count, keys.count,
                                 call_.kept(task.batch, task.head, queries.first, keys.first));
     scratch.scores.accumulate(group.out.get() + local * kQueryBlock * out_step_, out_step_, queries.count,
-                              scratch.values.get(), keys.count * tile_width<T>, keys.count, sizes_.head_dim_v);
+                              scratch.values.get(), panel_step<T>(keys.count), keys.count, sizes_.head_dim_v);
   }
 
   // One block of queries of all parts of the keys, into the first part.
@@ -360,19 +369,19 @@ class PackedQueries {
  public:
   PackedQueries(const DenseSizes& sizes, int64_t blocks)
       : sizes_(sizes),
-        step_(rounded_up(sizes.head_dim, tile_width<T>)),
-        step_v_(rounded_up(sizes.head_dim_v, tile_width<T>)),
+        rows_size_(panel_step<T>(kQueryBlock) * pk::blocks(sizes.head_dim, tile_width<T>)),
+        rows_size_v_(panel_step<T>(kQueryBlock) * pk::blocks(sizes.head_dim_v, tile_width<T>)),
         queries_(blocks * kQueryBlock * sizes.head_dim),
         d_outs_(blocks * kQueryBlock * sizes.head_dim_v),
-        query_rows_(blocks * kQueryBlock * step_),
-        d_out_rows_(blocks * kQueryBlock * step_v_),
+        query_rows_(blocks * rows_size_),
+        d_out_rows_(blocks * rows_size_v_),
         statistics_(blocks * kQueryBlock * 3) {}
 
   // Left operands of products over channels, and right operands of products over queries.
   T* queries(int64_t block) const { return queries_.get() + block * kQueryBlock * sizes_.head_dim; }
   T* d_outs(int64_t block) const { return d_outs_.get() + block * kQueryBlock * sizes_.head_dim_v; }
-  T* query_rows(int64_t block) const { return query_rows_.get() + block * kQueryBlock * step_; }
-  T* d_out_rows(int64_t block) const { return d_out_rows_.get() + block * kQueryBlock * step_v_; }
+  T* query_rows(int64_t block) const { return query_rows_.get() + block * rows_size_; }
+  T* d_out_rows(int64_t block) const { return d_out_rows_.get() + block * rows_size_v_; }
   // log2(e) lse, infinity where nothing weighs anything; delta; d_total.
   T* reference(int64_t block) const { return statistics_.get() + block * kQueryBlock * 3; }
   T* delta(int64_t block) const { return reference(block) + kQueryBlock; }
@@ -380,7 +389,7 @@ class PackedQueries {
 
  private:
   const DenseSizes& sizes_;
-  const int64_t step_, step_v_;
+  const int64_t rows_size_, rows_size_v_;
   AlignedBuffer<T> queries_, d_outs_, query_rows_, d_out_rows_, statistics_;
 };
 
@@ -390,21 +399,21 @@ class PackedKeys {
  public:
   PackedKeys(const DenseSizes& sizes, int64_t blocks)
       : sizes_(sizes),
-        step_(rounded_up(sizes.head_dim, tile_width<T>)),
+        rows_size_(panel_step<T>(kBackwardKeys) * pk::blocks(sizes.head_dim, tile_width<T>)),
         columns_(blocks * kBackwardKeys * sizes.head_dim),
         value_columns_(one_matrix ? 0 : blocks * kBackwardKeys * sizes.head_dim_v),
-        rows_(blocks * kBackwardKeys * step_) {}
+        rows_(blocks * rows_size_) {}
 
   // Right operands of products over channels, and of the product over keys.
   T* columns(int64_t block) const { return columns_.get() + block * kBackwardKeys * sizes_.head_dim; }
   T* value_columns(int64_t block) const {
     return one_matrix ? columns(block) : value_columns_.get() + block * kBackwardKeys * sizes_.head_dim_v;
   }
-  T* rows(int64_t block) const { return rows_.get() + block * kBackwardKeys * step_; }
+  T* rows(int64_t block) const { return rows_.get() + block * rows_size_; }
 
  private:
   const DenseSizes& sizes_;
-  const int64_t step_;
+  const int64_t rows_size_;
   AlignedBuffer<T> columns_, value_columns_, rows_;
 };
 
@@ -421,7 +430,7 @@ struct BackwardPlan {
     outer_blocks = keys_outer ? key_blocks : blocks(query_blocks, kQueryGroup);
     // Sums of a part take memory: fewer parts where there are many of them.
     const int64_t inner = std::max<int64_t>(keys_outer ? sizes.queries : sizes.tokens, 1);
-    const int64_t most = std::clamp<int64_t>(32768 / inner, 4, kMostParts);
+    const int64_t most = std::clamp<int64_t>(16384 / inner, 8, kMostParts);
     const int64_t wanted = blocks(kWantedTasks, std::max<int64_t>(sizes.all_heads(), 1));
     parts = std::max<int64_t>(1, std::min({wanted, most, outer_blocks}));
   }
@@ -455,8 +464,8 @@ class DenseBackwardHead {
         gradients_(gradients),
         plan_(plan),
         sizes_(call.sizes),
-        step_(rounded_up(sizes_.head_dim, tile_width<T>)),
-        step_v_(rounded_up(sizes_.head_dim_v, tile_width<T>)),
+        step_(row_step<T>(sizes_.head_dim)),
+        step_v_(row_step<T>(sizes_.head_dim_v)),
         inner_size_(plan.keys_outer ? plan.inner_blocks * kQueryBlock * step_
                                     : plan.inner_blocks * kBackwardKeys * key_width(sizes_)),
         queries_(sizes_, plan.keys_outer ? plan.inner_blocks : 0),
@@ -508,10 +517,10 @@ class DenseBackwardHead {
   }
 
  private:
-  static int64_t query_width(const DenseSizes& sizes) { return rounded_up(sizes.head_dim, tile_width<T>); }
+  static int64_t query_width(const DenseSizes& sizes) { return row_step<T>(sizes.head_dim); }
   // Of the gradients of a key and its value, which are one where these are.
   static int64_t key_width(const DenseSizes& sizes) {
-    return rounded_up(sizes.head_dim, tile_width<T>) + (kOneMatrix ? 0 : rounded_up(sizes.head_dim_v, tile_width<T>));
+    return row_step<T>(sizes.head_dim) + (kOneMatrix ? 0 : row_step<T>(sizes.head_dim_v));
   }
   static int64_t copy_size(const DenseCall<Tokens>& call) {
     const int64_t channels = std::max(call.sizes.head_dim, call.sizes.head_dim_v);
@@ -553,10 +562,10 @@ class DenseBackwardHead {
     const Range range = query_range(block);
     const auto q = rows_of<T>(call_.q, batch_, head_, range, nullptr, state.copy.get());
     pack_queries<T>(q, range.count, sizes_.head_dim, static_cast<T>(call_.scale * kLog2E), packed.queries(place));
-    pack_panels<T>(q, range.count, sizes_.head_dim, width, kQueryBlock * width, packed.query_rows(place));
+    pack_panels<T>(q, range.count, sizes_.head_dim, width, panel_step<T>(kQueryBlock), packed.query_rows(place));
     const auto d_out = rows_of<T>(gradients_.d_out(), batch_, head_, range, nullptr, state.copy.get());
     pack_queries<T>(d_out, range.count, sizes_.head_dim_v, T(1), packed.d_outs(place));
-    pack_panels<T>(d_out, range.count, sizes_.head_dim_v, width, kQueryBlock * width, packed.d_out_rows(place));
+    pack_panels<T>(d_out, range.count, sizes_.head_dim_v, width, panel_step<T>(kQueryBlock), packed.d_out_rows(place));
     gradients_.statistics(batch_, head_, range, packed.reference(place), packed.delta(place), packed.d_total(place));
   }
 
@@ -565,7 +574,7 @@ class DenseBackwardHead {
     const Range range = key_range(block);
     const TokenRows<T> rows = call_.tokens.rows(batch_, head_, range, state.copy.get());
     pack_columns<T>(rows.keys, range.count, sizes_.head_dim, packed.columns(place));
-    pack_panels<T>(rows.keys, range.count, sizes_.head_dim, width, kBackwardKeys * width, packed.rows(place));
+    pack_panels<T>(rows.keys, range.count, sizes_.head_dim, width, panel_step<T>(kBackwardKeys), packed.rows(place));
     if (!kOneMatrix) pack_columns<T>(rows.values, range.count, sizes_.head_dim_v, packed.value_columns(place));
   }
 
@@ -582,7 +591,6 @@ class DenseBackwardHead {
 
   // Adds what a block of queries and a block of keys have in each other's gradients.
   void step(const QueryBlock& queries, const KeyBlock& keys, T* d_queries, T* d_keys, State& state) const {
-    constexpr int width = tile_width<T>;
     T *weights = state.weights.get(), *d_scores = state.d_scores.get();
     const auto store_to = [](T* target) {
       return [target](bool adds, bool) { return StoreTile<T, kStep>{target, adds}; };
@@ -596,14 +604,16 @@ class DenseBackwardHead {
     if (gradients_.needs_keys()) {
       T* d_values = kOneMatrix ? d_keys : d_keys + kBackwardKeys * step_;
       multiply_block<T, 1, kStep>(weights, keys.range.count, queries.packed.d_out_rows(queries.place),
-                                  kQueryBlock * width, queries.range.count, sizes_.head_dim_v,
+                                  panel_step<T>(kQueryBlock), queries.range.count, sizes_.head_dim_v,
                                   AddTo<T>{d_values, step_v_});
       multiply_block<T, 1, kStep>(d_scores, keys.range.count, queries.packed.query_rows(queries.place),
-                                  kQueryBlock * width, queries.range.count, sizes_.head_dim, AddTo<T>{d_keys, step_});
+                                  panel_step<T>(kQueryBlock), queries.range.count, sizes_.head_dim,
+                                  AddTo<T>{d_keys, step_});
     }
     if (gradients_.needs_queries()) {
-      multiply_block<T, kStep, 1>(d_scores, queries.range.count, keys.packed.rows(keys.place), kBackwardKeys * width,
-                                  keys.range.count, sizes_.head_dim, AddTo<T>{d_queries, step_});
+      multiply_block<T, kStep, 1>(d_scores, queries.range.count, keys.packed.rows(keys.place),
+                                  panel_step<T>(kBackwardKeys), keys.range.count, sizes_.head_dim,
+                                  AddTo<T>{d_queries, step_});
     }
   }
 
@@ -641,7 +651,7 @@ class DenseBackwardHead {
     gradients_.write_queries(batch_, head_, query_range(block), rows, step_, static_cast<T>(call_.scale));
   }
 
-  void write_keys(int64_t block, const T* d_keys, State& state) const {
+  void write_keys(int64_t block, T* d_keys, State& state) const {
     if (!gradients_.needs_keys()) return;
     gradients_.write_keys(batch_, head_, key_range(block), d_keys, step_, d_keys + kBackwardKeys * step_, step_v_,
                           static_cast<T>(call_.scale), state.copy.get());

@@ -6,44 +6,49 @@
 
 #include "../ops.h"
 
-#define PK_DECLARE_LEVEL(level)                                                                                    \
-  namespace level {                                                                                                \
-  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                                   \
-  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&,           \
-                               const SeparableGradients&);                                                         \
-  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&,            \
-                            const TensorView&, int64_t, double, const TensorView&);                                \
-  void fourier_encode_grid(const FourierTables&, const TensorView&, const TensorView&);                            \
-  void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                           \
-  void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                            \
-  void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&); \
-  void cross_attention_fwd(const CrossInputs&, const LatentOutputs&);                                              \
-  void cross_attention_bwd(const CrossInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&);   \
-  void separable_query_attention_fwd(const SeparableQueryInputs&, const LatentOutputs&);                           \
-  void separable_query_attention_bwd(const SeparableQueryInputs&, const LatentOutputs&, const TensorView&,         \
-                                     const SeparableQueryGradients&);                                              \
-  void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);        \
-  void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,         \
-                           const TensorView&);                                                                     \
-  double exp_rate(double);                                                                                         \
-  constexpr CpuOps ops(const char* name, int vector_bytes) {                                                       \
-    return {name,                                                                                                  \
-            vector_bytes,                                                                                          \
-            separable_attention_fwd,                                                                               \
-            separable_attention_bwd,                                                                               \
-            separable_layer_norm,                                                                                  \
-            fourier_encode_grid,                                                                                   \
-            fourier_encode_points,                                                                                 \
-            latent_attention_fwd,                                                                                  \
-            latent_attention_bwd,                                                                                  \
-            cross_attention_fwd,                                                                                   \
-            cross_attention_bwd,                                                                                   \
-            separable_query_attention_fwd,                                                                         \
-            separable_query_attention_bwd,                                                                         \
-            linear_epilogue_fwd,                                                                                   \
-            linear_epilogue_bwd,                                                                                   \
-            exp_rate};                                                                                             \
-  }                                                                                                                \
+#define PK_DECLARE_LEVEL(level)                                                                                     \
+  namespace level {                                                                                                 \
+  void separable_attention_fwd(const SeparableInputs&, const SeparableOutputs&);                                    \
+  void separable_attention_bwd(const SeparableInputs&, const SeparableOutputs&, const SeparableOutputs&,            \
+                               const SeparableGradients&);                                                          \
+  void separable_layer_norm(const TensorView&, const TensorList&, const TensorList&, const TensorView&,             \
+                            const TensorView&, int64_t, double, const TensorView&);                                 \
+  void fourier_encode_grid(const FourierTables&, const TensorView&, const TensorView&);                             \
+  void fourier_encode_points(const FourierBands&, const TensorView&, const TensorView&);                            \
+  void latent_attention_fwd(const LatentInputs&, const LatentOutputs&);                                             \
+  void latent_attention_bwd(const LatentInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&);  \
+  void cross_attention_fwd(const CrossInputs&, const LatentOutputs&);                                               \
+  void cross_attention_bwd(const CrossInputs&, const LatentOutputs&, const TensorView&, const LatentGradients&);    \
+  void absorbed_attention_fwd(const AbsorbedInputs&, const AbsorbedState&);                                         \
+  void absorbed_attention_bwd(const AbsorbedInputs&, const AbsorbedState&, const AbsorbedState&, const TensorView&, \
+                              const TensorView&);                                                                   \
+  void separable_query_attention_fwd(const SeparableQueryInputs&, const LatentOutputs&);                            \
+  void separable_query_attention_bwd(const SeparableQueryInputs&, const LatentOutputs&, const TensorView&,          \
+                                     const SeparableQueryGradients&);                                               \
+  void linear_epilogue_fwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&);         \
+  void linear_epilogue_bwd(const LinearEpilogue&, const TensorView&, const TensorView&, const TensorView&,          \
+                           const TensorView&);                                                                      \
+  double exp_rate(double);                                                                                          \
+  constexpr CpuOps ops(const char* name, int vector_bytes) {                                                        \
+    return {name,                                                                                                   \
+            vector_bytes,                                                                                           \
+            separable_attention_fwd,                                                                                \
+            separable_attention_bwd,                                                                                \
+            separable_layer_norm,                                                                                   \
+            fourier_encode_grid,                                                                                    \
+            fourier_encode_points,                                                                                  \
+            latent_attention_fwd,                                                                                   \
+            latent_attention_bwd,                                                                                   \
+            cross_attention_fwd,                                                                                    \
+            cross_attention_bwd,                                                                                    \
+            absorbed_attention_fwd,                                                                                 \
+            absorbed_attention_bwd,                                                                                 \
+            separable_query_attention_fwd,                                                                          \
+            separable_query_attention_bwd,                                                                          \
+            linear_epilogue_fwd,                                                                                    \
+            linear_epilogue_bwd,                                                                                    \
+            exp_rate};                                                                                              \
+  }                                                                                                                 \
   }
 
 namespace pk {

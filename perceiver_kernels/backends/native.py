@@ -323,6 +323,66 @@ def _computable(tensor: Tensor, form: Tensor) -> Tensor:
     return tensor.to(form.dtype) if form.dtype == torch.float64 else tensor
 
 
+Features: TypeAlias = tuple[Sequence[float], bool, bool, bool]  # frequencies, grouped, concat_pos, sine_only
+
+
+def _absorbed_inputs(
+    a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, batch: int
+) -> tuple[Described | None, ...]:
+    shared = [None if tensor is None else tensor.expand(batch, -1, -1) for tensor in (a, x, positions)]
+    return describe_all((*shared, mask))
+
+
+def absorbed_attention_fwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+) -> State:
+    """acc (batch, rows, C), lse (batch, rows), float64, and total, by csrc/cpu/absorbed_attention.cpp."""
+    given = (x,) if x is not None else (a, positions, mask)
+    batch = next((tensor.shape[0] for tensor in given if tensor is not None and tensor.shape[0] != 1), 1)
+    acc = a.new_empty(batch, *a.shape[1:])
+    lse = a.new_empty(batch, a.shape[1], dtype=torch.float64)
+    total = a.new_empty(batch, a.shape[1])
+    cpu_module().absorbed_attention_fwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all((acc, lse, total)), torch.get_num_threads(),
+    )  # fmt: skip
+    return acc, lse, total
+
+
+def absorbed_attention_bwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+    saved: State,
+    upstream: State,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a and x, empty where not needed, by csrc/cpu/absorbed_attention.cpp."""
+    needs_a, needs_x = needs
+    batch = saved[0].shape[0]
+    d_a = a.new_empty((batch, *a.shape[1:]) if needs_a else 0)
+    # Masked tokens are never visited: their gradients are the zeros of the allocation.
+    d_x = a.new_empty(0) if x is None or not needs_x else (x.new_empty if mask is None else x.new_zeros)(x.shape)
+    cpu_module().absorbed_attention_bwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all(saved), describe_all(upstream), describe(d_a) if needs_a else None,
+        describe(d_x) if x is not None and needs_x else None, torch.get_num_threads(),
+    )  # fmt: skip
+    return d_a.sum(0, keepdim=True) if needs_a and a.shape[0] == 1 and batch != 1 else d_a, d_x
+
+
 def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result, in huge pages where it is large: page faults cost more than filling it."""
     result = like.new_empty(shape, dtype=dtype)

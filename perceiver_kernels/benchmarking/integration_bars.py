@@ -58,7 +58,7 @@ def imagenet(recorder: Recorder) -> Iterator[Bar]:
 def optical_flow(recorder: Recorder) -> Iterator[Bar]:
     """The released optical flow model, 368 x 496 pixels in and out, forward."""
     plain, fast = models("PerceiverForOpticalFlow", FLOW)
-    frames = torch.rand(1, 2, 27, 368, 496)
+    frames = torch.rand(1, 2, 27, *FLOW["train_size"])
     ours = forward(fast, frames)
     ours()
     yield memory("optical flow, forward", peak_extra_memory(ours), 2e9)
@@ -75,10 +75,11 @@ def optical_flow(recorder: Recorder) -> Iterator[Bar]:
 def multimodal(recorder: Recorder) -> Iterator[Bar]:
     """The released multimodal autoencoder: all 804,737 outputs in one call, where others take 128."""
     plain, fast = models("PerceiverForMultimodalAutoencoding", MULTIMODAL)
+    frames, height, width = MULTIMODAL["output_shape"][1:]
     inputs = {
-        "image": torch.rand(1, 16, 3, 224, 224),
-        "audio": torch.rand(1, 16 * 1920, 1),
-        "label": torch.zeros(1, 700),
+        "image": torch.rand(1, frames, 3, height, width),
+        "audio": torch.rand(1, frames * MULTIMODAL["audio_samples_per_frame"], 1),
+        "label": torch.zeros(1, MULTIMODAL["num_labels"]),
     }
     ours = forward(fast, inputs, subsampled_output_points=points(1))
     chunk = forward(plain, inputs, subsampled_output_points=points(CHUNKS))
@@ -86,7 +87,7 @@ def multimodal(recorder: Recorder) -> Iterator[Bar]:
     yield memory("multimodal, all outputs", peak_extra_memory(ours), 3e9)
     times = recorder.interleave({"a chunk": chunk, "ours": ours, **decoder_calls(plain, inputs)})
     times["transformers"] = all_chunks(times["a chunk"])
-    products = times["products"].median * 16 * 224 * 224 / ROWS
+    products = times["products"].median * frames * height * width / ROWS
     bar = speedup(f"multimodal, all outputs, {CHUNKS} chunks", times, "transformers", 2.3)
     decoder = f"their decoder alone would take {tables.seconds(CHUNKS * times['a chunk of the decoder'].median)}"
     share = f"products of the decoder's MLP and last projection are {products / times['ours'].median:.0%} of ours"
@@ -120,7 +121,10 @@ def decoder_calls(model: Any, inputs: dict[str, Tensor]) -> dict[str, Call]:
 
 def points(chunks: int) -> dict[str, Tensor | None]:
     """The outputs to decode: the first of so many chunks."""
-    return {"image": torch.arange(16 * 224 * 224 // chunks), "audio": torch.arange(1920 // chunks), "label": None}
+    frames, height, width = MULTIMODAL["output_shape"][1:]
+    audio = frames * MULTIMODAL["audio_samples_per_frame"] // MULTIMODAL["samples_per_patch"]
+    image = frames * height * width
+    return {"image": torch.arange(image // chunks), "audio": torch.arange(audio // chunks), "label": None}
 
 
 def language(recorder: Recorder) -> Iterator[Bar]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.models.perceiver import modeling_perceiver as theirs
@@ -32,6 +34,7 @@ from perceiver_kernels.ops.latent_attention import latent_attention
 
 def plan(model: nn.Module) -> list[Swap | Left] | None:
     """What of transformers' Perceivers within a model is to be swapped, and what is left and why; None: none in it."""
+    _check_version()
     steps: list[Swap | Left] = []
     for name, module in model.named_modules():
         if type(module) is theirs.PerceiverLayer:
@@ -39,6 +42,21 @@ def plan(model: nn.Module) -> list[Swap | Left] | None:
         elif isinstance(module, theirs.PerceiverModel) and type(module).forward is theirs.PerceiverModel.forward:
             steps += _plan_preprocessors(name, module) + _plan_decoders(name, module)
     return steps or None
+
+
+def _check_version() -> None:
+    """Raise a ValueError where a method of transformers' takes other arguments than ours in its place."""
+    classes: list[Any] = [PerceiverLayer, *_PREPROCESSORS.values(), *_DECODERS.values()]
+    for kind in classes:
+        for name, method in vars(kind).items():
+            original = getattr(kind.original, name, None)
+            if inspect.isfunction(method) and inspect.isfunction(original):
+                ours, expected = ([*inspect.signature(function).parameters] for function in (method, original))
+                if ours != expected:
+                    raise ValueError(
+                        f"transformers is {transformers.__version__}, must be a version whose {kind.__name__}.{name} "
+                        f"takes {', '.join(ours)}, as 5.23's; it takes {', '.join(expected)}"
+                    )
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -160,11 +178,9 @@ def _attend(
             return None
         attended = _attend_among(inner, hidden_states)
     else:
-        mask = None
-        if inputs_mask is not None:
-            mask = _key_mask(inputs_mask)
-            if mask is None:
-                return None
+        mask = None if inputs_mask is None else _key_mask(inputs_mask)
+        if mask is None and inputs_mask is not None:
+            return None
         attended = _attend_to(inner, hidden_states, inputs, mask)
     residual = hidden_states if attention.use_query_residual else None
     batch = hidden_states.shape[0]
@@ -322,13 +338,14 @@ class PerceiverMultimodalPreprocessor(theirs.PerceiverMultimodalPreprocessor, Ac
 def _plan_preprocessors(name: str, model: Any) -> list[Swap | Left]:
     """Swaps for the preprocessors of a PerceiverModel whose encoder reads what they give then."""
     steps: list[Swap | Left] = []
-    if _attention_obstacle(model.encoder.cross_attention.attention):
-        return steps
+    array_needed = (
+        _attention_obstacle(model.encoder.cross_attention.attention) and "the encoder needs an array of tokens"
+    )
     for part, module in _submodules(name, "input_preprocessor", model.input_preprocessor):
         to = _PREPROCESSORS.get(type(module))
         if to is None:
             continue
-        why = None if to is PerceiverMultimodalPreprocessor else _positions_obstacle(module)
+        why = array_needed or (None if to is PerceiverMultimodalPreprocessor else _positions_obstacle(module))
         steps.append(Left(part, module, why) if why else Swap(part, module, to))
     return steps
 
@@ -421,7 +438,7 @@ class PerceiverBasicDecoder(theirs.PerceiverBasicDecoder, Accelerated):
         if (
             output_attentions
             or not isinstance(query, Unbuilt)
-            or type(layer) is not PerceiverLayer
+            or _changed("decoding_cross_attention", layer, PerceiverLayer)
             or _attention_obstacle(layer.attention)
             or _mlp_obstacle(layer)
         ):

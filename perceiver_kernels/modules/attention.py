@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.folding import (
     PathChoice,
     absorbed_cross_attention,
@@ -183,7 +184,9 @@ class CrossAttention(nn.Module):
         context, _ = self._flatten(latents, context, grid, mask)
         if inverted:
             return "path: inverted\n  plain PyTorch: attention normalised over the latents has no fused path yet"
-        return self._choose_path(latents, context, grid).describe()
+        choice = self._choose_path(latents, context, grid)
+        lines = [choice.describe(), *self._explain_attention(choice.path, latents, context, mask)]
+        return "\n".join(lines)
 
     def _attend_to_segments(
         self, latents: Tensor, segments: Sequence[Segment], mask: Tensor | None, residual: Tensor | None
@@ -249,6 +252,19 @@ class CrossAttention(nn.Module):
             context_channels=self.context_dim,
             num_tokens=num_tokens,
         )
+
+    def _explain_attention(self, path: str, latents: Tensor, context: Tensor, mask: Tensor | None) -> list[str]:
+        """What attends to dense tokens, on a path that has them."""
+        if path == "separable":
+            return []
+        (batch, tokens, _), queries, heads = context.shape, latents.shape[1], self.heads
+        plain = mask is None and (self.dropout == 0 or not self.training)
+        if path == "absorbed":
+            sizes = dense.Sizes(batch, 1, heads * queries, tokens, self.context_dim, self.context_dim, plain)
+        else:
+            sizes = dense.Sizes(batch, heads, queries, tokens, self.head_dim, self.head_dim, plain)
+        ours = "pk.absorbed_attention" if path == "absorbed" else "pk.cross_attention"
+        return [dense.describe(dense.torch_reason(latents.device, sizes), ours)]
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
         """The dense tokens (batch, M, context_dim), with a grid's features written out."""
@@ -367,14 +383,7 @@ def projected_cross_attention(
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int, scale: float, dropout_p: float
 ) -> Tensor:
-    query = _split_heads(query, heads).expand(keys.shape[0], -1, -1, -1)
-    if mask is None:
-        return _merge_heads(F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p, scale=scale))
-    all_masked = ~mask.any(dim=-1, keepdim=True)
-    # No kernel sees a row without keys, which not every backend defines; what it gives instead is overwritten below.
-    attend = (mask | all_masked)[:, None, None, :]
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=attend, dropout_p=dropout_p, scale=scale)
-    return _merge_heads(out).masked_fill(all_masked[:, :, None], 0.0)
+    return _merge_heads(dense.attend(_split_heads(query, heads), keys, values, mask, scale=scale, dropout_p=dropout_p))
 
 
 def inverted_cross_attention(

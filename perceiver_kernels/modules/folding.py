@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules.dense import Sizes, torch_reason
+from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, attend_to_grid
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
@@ -177,6 +179,60 @@ def absorbed_cross_attention(
     Returns:
         (batch, queries, heads * head_dim).
     """
+    batch, tokens, channels = context.shape
+    plain = mask is None and dropout_p == 0
+    sizes = Sizes(batch, 1, heads * query.shape[1], tokens, channels, channels, plain)
+    if torch_reason(context.device, sizes) is not None:
+        parameters = [kv_weight, kv_bias, norm_weight, norm_bias]
+        return _absorbed_by_torch(query, context, mask, parameters, heads, scale, eps, dropout_p)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        parameters = [None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)]
+        result = _absorbed(query.to(dtype), context, mask, parameters, heads, scale, eps, dropout_p)
+    return result.to(query.dtype)
+
+
+def _absorbed(
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    parameters: list[Tensor | None],
+    heads: int,
+    scale: float,
+    eps: float | None,
+    dropout_p: float,
+) -> Tensor:
+    kv_weight, kv_bias, norm_weight, norm_bias = parameters
+    assert kv_weight is not None
+    # LayerNorm's gain and centring go into the weights; what its bias adds to the scores is the same for all tokens.
+    weight = kv_weight if norm_weight is None else kv_weight * norm_weight
+    if eps is not None:
+        weight = weight - weight.mean(1, keepdim=True)
+    key_weight, value_weight = weight.unflatten(0, (2, heads, -1)).unbind(0)  # heads, head_dim, C
+    q = (scale * query).unflatten(2, (heads, -1)).transpose(1, 2)
+    weighted, _, total = absorbed_attention(
+        (q @ key_weight).flatten(1, 2), context, eps=eps, mask=mask, dropout_p=dropout_p
+    )
+    out = (weighted.unflatten(1, (heads, -1)) @ value_weight.transpose(1, 2)).transpose(1, 2)
+    constant = kv_bias if norm_bias is None else F.linear(norm_bias, kv_weight, kv_bias)
+    if constant is not None:  # the weights' sum is 0 for masked rows, and not 1 under dropout
+        sums = total.unflatten(1, (heads, -1)).transpose(1, 2)
+        out = out + sums[..., None] * constant.chunk(2)[1].unflatten(0, (heads, -1))
+    return out.flatten(2)
+
+
+def _absorbed_by_torch(
+    query: Tensor,
+    context: Tensor,
+    mask: Tensor | None,
+    parameters: list[Tensor | None],
+    heads: int,
+    scale: float,
+    eps: float | None,
+    dropout_p: float,
+) -> Tensor:
+    kv_weight, kv_bias, norm_weight, norm_bias = parameters
+    assert kv_weight is not None
     batch, channels = context.shape[0], context.shape[-1]
     normed = context if eps is None else F.layer_norm(context, (channels,), norm_weight, norm_bias, eps)
     key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)  # heads, head_dim, C

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
+from perceiver_kernels.backends import native
 from perceiver_kernels.backends.reference import absorbed_attention as reference
-from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_reference
+from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.fourier_encode import FourierBands
 from perceiver_kernels.ops.registration import define, register_pair
@@ -23,9 +24,10 @@ from perceiver_kernels.ops.validation import (
 )
 
 OP = "absorbed_attention"
-MAX_CHANNELS = 512
+MAX_CHANNELS = 512  # of the kernels for GPUs
 
 declare_gpu(OP, "triton", compute_dtypes=(torch.float32,), data_dtypes=GPU_DTYPES, channels=(1, MAX_CHANNELS))
+declare_native(OP, native, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 declare_reference(OP, reference, compute_dtypes=COMPUTE_DTYPES, data_dtypes=DTYPES)
 
 
