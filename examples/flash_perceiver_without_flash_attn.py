@@ -1,6 +1,6 @@
 """Trains flash-perceiver on a CPU, without flash-attn: handwritten digits of scikit-learn, as sets of points.
 
-    python examples/flash_perceiver_without_flash_attn.py [--epochs 10]
+    python examples/flash_perceiver_without_flash_attn.py [--epochs 20]
 
 A digit's dark pixels are its tokens, each with its place and its darkness; digits have different numbers of them.
 Needs flash-perceiver and scikit-learn.
@@ -35,7 +35,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20)
     epochs = parser.parse_args().epochs
     torch.manual_seed(0)
     points, dark, labels = digits()
@@ -44,13 +44,12 @@ def main() -> None:
         depth=1,
         output_dim=10,
         output_mode="average",
-        num_latents=16,
+        num_latents=32,
         latent_dim=64,
         latent_heads=4,
         latent_head_dim=16,
-        self_per_cross_attn=2,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for epoch in range(epochs):
         for batch in (torch.randperm(len(labels) - TEST) + TEST).split(BATCH):
             loss = F.cross_entropy(model(points[batch], mask=dark[batch]), labels[batch])

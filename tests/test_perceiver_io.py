@@ -262,6 +262,14 @@ def test_old_checkpoints_load(name: str) -> None:
         assert torch.equal(fresh.state_dict()[key], value), key
 
 
+def test_explain() -> None:
+    grid = pk.FourierGrid((3, 4), num_bands=2, max_freq=4.0)
+    model = make(dim=3 + grid.num_channels)
+    assert pk.explain(model, torch.zeros(BATCH, 3, 4, 3), grid=grid).startswith("path: ")
+    tokens = torch.zeros(BATCH, 12, 3 + grid.num_channels)
+    assert "separable: no, the context is not data on a grid" in pk.explain(model, tokens)
+
+
 def test_tied_layers_share_parameters() -> None:
     model = make(**OPTIONS["tied"])
     for layers in (model.layers, model.attn_residuals):

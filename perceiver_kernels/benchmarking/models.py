@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import perceiver_kernels as pk
+from perceiver_kernels import presets
 from perceiver_kernels.benchmarking import tables
 from perceiver_kernels.benchmarking.cases import Case
 from perceiver_kernels.benchmarking.compare import Effort, Progress, Result, seeded
 from perceiver_kernels.benchmarking.measure import Timing, error, interleave, peak_extra_memory
 from perceiver_kernels.benchmarking.plain import PlainModel, PlainOfficial, PlainTower
 from perceiver_kernels.benchmarking.providers import needs_compiler, needs_perceiver_pytorch
+from perceiver_kernels.modules.official import LatentBlocks, run_pairs
 
 # Modes may end in the dtype of autocast, as "forward-bfloat16" does.
 MODEL_MODES = ("forward", "forward-bfloat16", "train-step")
@@ -54,16 +56,8 @@ class Model:
 
 def _perceiver(name: str, what: str, input_shape: tuple[int, ...], truth: bool = True, **arguments: Any) -> Model:
     axes = {"input_axis": len(input_shape) - 2, "input_channels": input_shape[-1]}
-    return Model(name, what, input_shape, axes | arguments, truth=truth)
+    return Model(name, what, input_shape, arguments | axes, truth=truth)
 
-
-_PAPER: dict[str, Any] = {
-    "num_latents": 512,
-    "latent_dim": 1024,
-    "latent_heads": 8,
-    "latent_dim_head": 128,
-    "num_freq_bands": 64,
-}
 
 # Shapes: Jaegle et al. 2021, arXiv:2103.03206, and the released models; batch 1 but for the studies.
 MODELS = {
@@ -81,68 +75,28 @@ MODELS = {
             "ImageNet, 8 cross-attends and 48 self layers, tied",
             (1, 224, 224, 3),
             truth=False,
-            **_PAPER,
-            max_freq=224.0,
-            depth=8,
-            self_per_cross_attn=6,
-            weight_tie_layers=True,
+            **presets.imagenet_paper.arguments,
         ),
         _perceiver(
             "audioset-paper",
             "AudioSet, waveform in segments of 128, two cross-attends",
             (1, 480, 128),
-            **_PAPER,
-            max_freq=480.0,
-            depth=2,
-            self_per_cross_attn=8,
-            num_classes=527,
+            **presets.audioset_paper.arguments,
         ),
         _perceiver(
             "cifar10-study",
             "CIFAR-10, a batch of 64",
             (64, 32, 32, 3),
-            num_freq_bands=64,
-            max_freq=32.0,
-            depth=1,
-            self_per_cross_attn=4,
-            num_latents=128,
-            latent_dim=256,
-            latent_heads=4,
-            num_classes=10,
+            **presets.cifar10_study.arguments,
         ),
         _perceiver(
             "mnist-study",
             "MNIST, a batch of 64",
             (64, 28, 28, 1),
-            num_freq_bands=4,
-            max_freq=28.0,
-            depth=6,
-            self_per_cross_attn=4,
-            num_latents=16,
-            latent_dim=64,
-            num_classes=10,
+            **presets.mnist_study.arguments,
         ),
     )
 }
-
-
-class LibraryTower(nn.Module):
-    """PlainTower of this library's modules; same names of parameters."""
-
-    def __init__(self, dim: int, layers: int, heads: int, mult: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    pk.SelfAttention(dim, heads=heads, head_dim=dim // heads, qkv_bias=True),
-                    pk.FeedForward(dim, mult=mult, activation="gelu"),
-                ]
-            )
-            for _ in range(layers)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return run_pairs(self.layers, x)
 
 
 class LibraryOfficial(nn.Module):
@@ -156,7 +110,7 @@ class LibraryOfficial(nn.Module):
         self.latents = nn.Parameter(torch.randn(case.num_latents, dim))
         self.cross = pk.CrossAttention(dim, width, heads=1, head_dim=width, qkv_bias=True)
         self.cross_ff = pk.FeedForward(dim, mult=1, activation="gelu")
-        self.layers = LibraryTower(dim, layers, heads, mult=1).layers
+        self.layers = LatentBlocks(dim, layers, heads=heads).layers
         self.query = nn.Parameter(torch.randn(1, dim))
         self.decoder = pk.CrossAttention(dim, dim, heads=1, head_dim=dim, qkv_bias=True)
         self.decoder_ff = pk.FeedForward(dim, mult=1, activation="gelu")
@@ -173,17 +127,8 @@ class LibraryOfficial(nn.Module):
         return self.to_logits(query[:, 0])
 
 
-def run_pairs(layers: nn.ModuleList, x: Tensor) -> Tensor:
-    """Attention and MLP of every layer, with residuals."""
-    for pair in layers:
-        attention, mlp = cast(nn.ModuleList, pair)
-        x = attention(x, residual=x)
-        x = mlp(x, residual=x)
-    return x
-
-
 def _ours(model: Model) -> nn.Module:
-    build = {"tower": LibraryTower, "official": LibraryOfficial, "perceiver": pk.Perceiver}[model.kind]
+    build = {"tower": LatentBlocks, "official": LibraryOfficial, "perceiver": pk.Perceiver}[model.kind]
     return build(**model.arguments)
 
 

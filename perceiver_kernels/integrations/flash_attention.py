@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver_kernels.integrations.parts import Part, all_stock
+from perceiver_kernels.integrations.parts import Part, all_stock, pre_norm_mlp
 from perceiver_kernels.modules.projection import project
 from perceiver_kernels.ops.cross_attention import cross_attention
-from perceiver_kernels.ops.feed_forward import feed_forward
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 
@@ -83,18 +82,7 @@ def _unpacked(x: Tensor, occupied: Tensor) -> Tensor:
 def normed_mlp(norm: nn.LayerNorm, mlp: Any, x: Tensor) -> Tensor:
     """Mlp with GELU, or GatedMlp with a sigmoid gate, of LayerNorm(x)."""
     if activation_of(mlp) == "gelu":
-        first, last = mlp.fc1, mlp.fc2
-        return feed_forward(
-            x,
-            norm.weight,
-            norm.bias,
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            activation="gelu",
-            eps=norm.eps,
-        )
+        return pre_norm_mlp(x, norm, mlp.fc1, mlp.fc2, activation="gelu")
     return gated_mlp(mlp, norm(x))
 
 

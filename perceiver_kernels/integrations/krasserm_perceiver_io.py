@@ -19,7 +19,7 @@ from perceiver.model.core.utils import ModuleOutput
 from torch import Tensor, nn
 
 from perceiver_kernels.encodings import FourierGrid
-from perceiver_kernels.integrations.parts import Part, all_stock, obstacle
+from perceiver_kernels.integrations.parts import Part, all_stock, obstacle, pre_norm_mlp
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
 from perceiver_kernels.integrations.unbuilt import Unbuilt, built
 from perceiver_kernels.modules.decoder import (
@@ -32,7 +32,6 @@ from perceiver_kernels.modules.folding import choose_path
 from perceiver_kernels.modules.projection import project
 from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
 from perceiver_kernels.ops.cross_attention import cross_attention
-from perceiver_kernels.ops.feed_forward import feed_forward
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -201,18 +200,7 @@ class MLP(theirs.MLP, Accelerated):
         if not all_stock(_parts_of_mlp(self)):
             return super().forward(x)
         norm, first, _, last = self
-        out = feed_forward(
-            x,
-            norm.weight,
-            norm.bias,
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            activation="gelu",
-            eps=norm.eps,
-        )
-        return ModuleOutput(last_hidden_state=out)
+        return ModuleOutput(last_hidden_state=pre_norm_mlp(x, norm, first, last, activation="gelu"))
 
 
 def _parts_of_mlp(mlp: Any) -> Iterator[Part]:

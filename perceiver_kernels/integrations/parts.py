@@ -1,4 +1,4 @@
-"""What an integration asks of a module's parts before it computes with their parameters instead of calling them."""
+"""What an integration asks of a module's parts before it computes with their parameters, and an MLP computed so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from perceiver_kernels.modules.projection import is_stock
+from perceiver_kernels.ops.feed_forward import feed_forward
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,17 @@ def obstacle(parts: Iterable[Part]) -> str | None:
             expected = f"must be {part.kind.__name__}, not wrapped, and without hooks"
             return f"{part.name} is {type(part.module).__name__}, {expected}"
     return None
+
+
+def pre_norm_mlp(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    last: nn.Linear,
+    *,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """last( activation( first( norm(x) ) ) ) + residual, by one operator from the parameters of these modules."""
+    weights = (norm.weight, norm.bias, first.weight, first.bias, last.weight, last.bias)
+    return feed_forward(x, *weights, activation=activation, eps=norm.eps, residual=residual)

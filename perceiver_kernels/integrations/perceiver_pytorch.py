@@ -21,11 +21,10 @@ from perceiver_pytorch import perceiver_pytorch as base
 from torch import Tensor, nn
 
 from perceiver_kernels.encodings import FourierGrid
-from perceiver_kernels.integrations.parts import Part, all_stock, obstacle
+from perceiver_kernels.integrations.parts import Part, all_stock, obstacle, pre_norm_mlp
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
 from perceiver_kernels.modules import attention
 from perceiver_kernels.modules.perceiver import Perceiver
-from perceiver_kernels.ops.feed_forward import feed_forward
 
 ATTENTIONS = (base.Attention, perceiver_io.Attention)
 FEED_FORWARDS = (base.FeedForward, perceiver_io.FeedForward)
@@ -126,19 +125,8 @@ class FusedFeedForward(nn.Module):
         if arguments or not self._is_covered():
             out = self.original.forward(self, x, **arguments)
             return out if residual is None else out + residual
-        norm, (first, _, last, *_) = self.norm, self.fn.net
-        return feed_forward(
-            x,
-            norm.weight,
-            norm.bias,
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            activation="geglu",
-            eps=norm.eps,
-            residual=residual,
-        )
+        first, _, last, *_ = self.fn.net
+        return pre_norm_mlp(x, self.norm, first, last, activation="geglu", residual=residual)
 
     def _is_covered(self) -> bool:
         drops = any(isinstance(layer, nn.Dropout) and layer.training and layer.p > 0 for layer in self.fn.net)

@@ -42,14 +42,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(0.02 * torch.randn(num_latents, latent_dim))
-        self.attention = CrossAttention(
-            latent_dim,
-            token_dim,
-            heads=heads,
-            head_dim=token_dim // heads if head_dim is None else head_dim,
-            head_dim_v=token_dim // heads if head_dim_v is None else head_dim_v,
-            qkv_bias=True,
-        )
+        self.attention = _cross_attention(latent_dim, token_dim, heads, head_dim, head_dim_v)
         self.mlp = FeedForward(latent_dim, mult=1, activation="gelu")
 
     def forward(self, tokens: Segment | Sequence[Segment], mask: Tensor | None = None) -> Tensor:
@@ -65,6 +58,19 @@ class Encoder(nn.Module):
         return self.mlp(x, residual=x)
 
 
+def _cross_attention(
+    query_dim: int, context_dim: int, heads: int, head_dim: int | None, head_dim_v: int | None
+) -> CrossAttention:
+    return CrossAttention(
+        query_dim,
+        context_dim,
+        heads=heads,
+        head_dim=context_dim // heads if head_dim is None else head_dim,
+        head_dim_v=context_dim // heads if head_dim_v is None else head_dim_v,
+        qkv_bias=True,
+    )
+
+
 class LatentBlocks(nn.Module):
     """Self-attention and MLP, layer after layer, all of them again in every block.
 
@@ -72,6 +78,7 @@ class LatentBlocks(nn.Module):
         dim: channels of a latent.
         layers: of a block.
         blocks: how often the same layers run.
+        mult: hidden channels of the MLPs per channel.
         heads, head_dim, head_dim_v: of the attention; head_dim and head_dim_v default to dim / heads.
     """
 
@@ -82,6 +89,7 @@ class LatentBlocks(nn.Module):
         *,
         blocks: int = 1,
         heads: int = 8,
+        mult: int = 1,
         head_dim: int | None = None,
         head_dim_v: int | None = None,
     ) -> None:
@@ -95,7 +103,7 @@ class LatentBlocks(nn.Module):
             nn.ModuleList(
                 [
                     SelfAttention(dim, heads=heads, qkv_bias=True, **widths),
-                    FeedForward(dim, mult=1, activation="gelu"),
+                    FeedForward(dim, mult=mult, activation="gelu"),
                 ]
             )
             for _ in range(layers)
@@ -140,14 +148,7 @@ class QueryDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.query_residual = query_residual
-        self.attention = CrossAttention(
-            queries_dim,
-            latent_dim,
-            heads=heads,
-            head_dim=latent_dim // heads if head_dim is None else head_dim,
-            head_dim_v=latent_dim // heads if head_dim_v is None else head_dim_v,
-            qkv_bias=True,
-        )
+        self.attention = _cross_attention(queries_dim, latent_dim, heads, head_dim, head_dim_v)
         self.mlp = FeedForward(queries_dim, mult=1, activation="gelu")
         self.final: nn.Module = nn.Identity() if out_channels is None else nn.Linear(queries_dim, out_channels)
 

@@ -174,6 +174,11 @@ class PerceiverIO(nn.Module):
         out = x if queries is None else self.decode(queries, x)
         return (out, hiddens) if return_hiddens else out
 
+    def explain(self, data: Tensor, mask: Tensor | None = None, *, grid: FourierGrid | None = None) -> str:
+        """Say which path the encoder's cross-attention takes for this input, and why."""
+        cross_attn, latents = self.cross_attend_block.cross_attn, self.latents.unsqueeze(0)
+        return cross_attn.explain(latents, data, grid=grid, mask=mask, inverted=self.inverted_cross_attn)
+
     def decode(self, queries: Tensor | GridQueries, latents: Tensor) -> Tensor:
         """Outputs (batch, O, logits_dim) of queries (batch or 1, O, queries_dim) and latents (batch, N, latent_dim)."""
         if self.activation_checkpointing and self.training and isinstance(queries, Tensor):
