@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import perceiver_kernels as pk
+from perceiver_kernels.benchmarking.decoder_bars import FlowDecoder
 from perceiver_kernels.modules.decoder import (
     FeedForwardWeights,
     GridQueries,
@@ -241,6 +242,13 @@ def test_compiles_whole() -> None:
     torch.testing.assert_close(actual, expected)
     for gradients in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(*gradients)
+
+
+def test_the_bars_compare_the_same_decoder() -> None:
+    decoder = FlowDecoder(1, F64)
+    queries, expected = decoder.written()[::31], decoder.ours()[0, ::31]
+    for block in (decoder.expert_block, decoder.folding_expert_block):
+        torch.testing.assert_close(block(queries), expected)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 6, 11, 24, 100])

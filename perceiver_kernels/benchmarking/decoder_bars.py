@@ -120,7 +120,7 @@ def flow_decoder(recorder: Recorder) -> Iterator[Bar]:
         for chunk in (*EXPERT_CHUNKS, queries.shape[0]):
             calls[f"{name}, {chunk} at a time"] = expert_call(block, queries, chunk)
     times = recorder.interleave(calls)
-    for names, limit in ((("expert", "expert-compiled"), 5.0), (("folding expert",), 2.5)):
+    for names, limit in ((("expert", "expert-compiled"), 5.0), (("folding expert",), 1.5)):
         ratios = [(times[call].ratio(times["ours"]), call) for call in calls if call.split(",")[0] in names]
         value, name = min(ratios)
         note = f"the fastest is {name}, {tables.seconds(times[name].median)} for {queries.shape[0]} queries"

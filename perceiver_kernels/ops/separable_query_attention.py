@@ -103,9 +103,10 @@ def separable_query_attention(
         BackendError: a forced backend cannot run this call; the message lists every reason.
 
     Memory: O(batch * heads * N * sum S_j) beyond the inputs, the result and one number per query and head; in backward
-        one more such number, and on a GPU partial sums, so many times the gradients of the tables, k, h and v as the
-        queries are split into parts, until a GPU is filled. On the reference, the weights, batch * heads * M * N, are
-        stored in full. Backward is deterministic and recomputes the weights.
+        one more such number, and partial sums, so many times the gradients of the tables, k, h and v as the queries are
+        split into parts: on a CPU up to 16, or 32 over a batch, on a GPU until it is filled. On a CPU v once more, in
+        the dtype of the computation. On the reference, the weights, batch * heads * M * N, are stored in full. Backward
+        is deterministic and recomputes the weights.
     Source: docs/separable_attention.md; Jaegle et al. 2022, arXiv:2107.14795; Dao 2023, arXiv:2307.08691.
     """
     tables = tuple(tables)
