@@ -58,7 +58,7 @@ class FusedAttention(nn.Module):
 
     @property
     def context_dim(self) -> Any:
-        return self.fn.to_kv.in_features
+        return self.norm_context.normalized_shape[-1]
 
     def _is_covered(self) -> bool:
         # A Dropout may be switched apart from what holds it.

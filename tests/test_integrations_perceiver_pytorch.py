@@ -262,8 +262,8 @@ class Doubled(nn.Module):
 
 
 WRAPPED = {
-    "layers.0.cross_attn": "fn.to_q",
-    "layers.1.cross_attn": "fn.to_kv",
+    "layers.0.cross_attn": "fn.to_kv",
+    "layers.1.cross_attn": "fn.to_q",
     "layers.0.self_attns.0.0": "fn.to_out",
     "layers.0.self_attns.0.1": "fn.net.2",
 }
