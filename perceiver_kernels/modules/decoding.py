@@ -79,7 +79,7 @@ def _stream(
     parameters = None if mlp is None else mlp.weights()
     weights = None
     if mlp is not None and parameters is not None:
-        weights = FeedForwardWeights._make((*parameters, mlp.fn.activation, mlp.norm.eps))
+        weights = FeedForwardWeights(*parameters, mlp.fn.activation, mlp.norm.eps)
     return decode_streamed(
         queries,
         keys,
@@ -89,8 +89,6 @@ def _stream(
         heads=heads,
         dropout_p=attention.dropout if attention.training else 0.0,
         query_residual=query_residual,
-        mlp=None
-        if mlp is None or weights is None
-        else FeedForwardWeights(*weights[:6], mlp.fn.activation, mlp.norm.eps),
+        mlp=weights,
         final=final,
     )
