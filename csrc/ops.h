@@ -60,7 +60,8 @@ struct LatentInputs {
   Dropout dropout;
 };
 
-// Inputs of absorbed attention: a token is [x ; features of its position].
+// Inputs of absorbed attention: a token is [x ; features of its position]. With LayerNorm its mean is a further
+// channel: the last one of a, of acc and of their gradients in backward (but not of the saved acc) belongs to it.
 struct AbsorbedInputs {
   TensorView a;          // [B, R, C], any strides: 0 for one that all inputs share
   TensorView x;          // [B, M, c] or undefined

@@ -1,8 +1,9 @@
 // Absorbed attention on the CPU, forward and backward: dense_attention.h over tokens that are their own keys and
 // values, encoded and normalised block after block. Compiled once per instruction set.
 //
-// With LayerNorm, what is attended to is y = r z: s = a . y, acc = sum of p y. With the gradient d_y, that of r is
-// d_y . z, and d_z = r d_y - (d_y . z) r^3 (z - mean(z)) / C = r (d_y - (d_y . y) (y - mean(y)) / C).
+// With LayerNorm, what is attended to is y = [r (z - mean(z)) ; r mean(z)] by [a ; sum of a]: s = r a . z without the
+// rounding of a mean that is far larger than what it leaves. Of the gradient d_y, whose last element is d_mean, follows
+// d_z = r (d_y + (d_mean - sum of d_y) / C - (d_y . y) (z - mean(z)) r / C).
 #include "dense_attention.h"
 #include "fourier_points.h"
 
@@ -37,28 +38,29 @@ class EncodedTokens {
       : in_(in),
         x_(as_one_head(in.x)),
         data_channels_(in.x.defined() ? in.x.size(2) : 0),
-        channels_(in.a.size(2)),
+        width_(in.a.size(2)),
+        channels_(width_ - (in.normalises ? 1 : 0)),
         attended_(in.mask, in.a.size(0), in.x.defined() ? in.x.size(1) : in.positions.size(1)) {}
 
   const AttendedTokens& attended() const { return attended_; }
 
   // A block's tokens, and r of each.
-  int64_t copy_size(int64_t tokens) const { return tokens * (channels_ + 1); }
+  int64_t copy_size(int64_t tokens) const { return tokens * (width_ + 1); }
 
   TokenRows<T> rows(int64_t batch, int64_t, const Range& tokens, T* copy) const {
     const int64_t* listed = attended_.listed(batch, tokens.first);
-    if (data_channels_ > 0) copy_rows(x_, batch, 0, tokens, listed, channels_, copy);
+    if (data_channels_ > 0) copy_rows(x_, batch, 0, tokens, listed, width_, copy);
     if (in_.positions.defined()) encode(batch, tokens, listed, copy + data_channels_);
-    T* factors = copy + tokens.count * channels_;
-    for (int64_t i = 0; in_.normalises && i < tokens.count; ++i) factors[i] = normalise(copy + i * channels_);
-    return {{copy, channels_, 1}, {copy, channels_, 1}};
+    T* factors = copy + tokens.count * width_;
+    for (int64_t i = 0; in_.normalises && i < tokens.count; ++i) factors[i] = normalise(copy + i * width_);
+    return {{copy, width_, 1}, {copy, width_, 1}};
   }
 
   // d_y of a block becomes the gradient of its x, y being as rows() gives them.
   void differentiate(const Range& tokens, const T* y, T* d_y, int64_t step) const {
-    const T* factors = y + tokens.count * channels_;
+    const T* factors = y + tokens.count * width_;
     for (int64_t i = 0; in_.normalises && i < tokens.count; ++i) {
-      differentiate_norm(factors[i], y + i * channels_, d_y + i * step);
+      differentiate_norm(factors[i], y + i * width_, d_y + i * step);
     }
   }
 
@@ -68,11 +70,11 @@ class EncodedTokens {
     const AlignedBuffer<double> gathered(tokens.count * axes);
     copy_rows(as_one_head(in_.positions), batch, 0, tokens, listed, axes, gathered.get());
     const TensorView positions{gathered.get(), DType::float64, 2, {tokens.count, axes}, {axes, 1}};
-    const TensorView out{features, in_.a.dtype, 2, {tokens.count, channels_ - data_channels_}, {channels_, 1}};
+    const TensorView out{features, in_.a.dtype, 2, {tokens.count, channels_ - data_channels_}, {width_, 1}};
     PointWriter<double, T>(in_.bands, positions, out).write(0, tokens.count);
   }
 
-  // z becomes r z; returns r.
+  // z becomes y; returns r.
   T normalise(T* z) const {
     const T mean = channel_sum(z, channels_) / static_cast<T>(channels_);
     Vec<T> squares = {};
@@ -84,24 +86,25 @@ class EncodedTokens {
     T variance = lane_sum<T>(squares);
     for (; c < channels_; ++c) variance += (z[c] - mean) * (z[c] - mean);
     const T r = 1 / std::sqrt(variance / static_cast<T>(channels_) + static_cast<T>(in_.eps));
-    for (c = 0; c < channels_; ++c) z[c] *= r;
+    for (c = 0; c < channels_; ++c) z[c] = r * (z[c] - mean);
+    z[channels_] = r * mean;
     return r;
   }
 
   // d_y becomes d_z, of the channels of x alone.
   void differentiate_norm(T r, const T* y, T* d_y) const {
-    const T mean = channel_sum(y, channels_) / static_cast<T>(channels_);
     Vec<T> sum = {};
-    for (int64_t c = 0; c < channels_; c += Simd<T>::lanes) {
-      sum += load_channels<T>(y + c, 1, channels_ - c) * load_channels<T>(d_y + c, 1, channels_ - c);
+    for (int64_t c = 0; c < width_; c += Simd<T>::lanes) {
+      sum += load_channels<T>(y + c, 1, width_ - c) * load_channels<T>(d_y + c, 1, width_ - c);
     }
     const T slope = lane_sum<T>(sum) / static_cast<T>(channels_);
-    for (int64_t c = 0; c < data_channels_; ++c) d_y[c] = r * (d_y[c] - slope * (y[c] - mean));
+    const T shift = (d_y[channels_] - channel_sum(d_y, channels_)) / static_cast<T>(channels_);
+    for (int64_t c = 0; c < data_channels_; ++c) d_y[c] = r * (d_y[c] + shift - slope * y[c]);
   }
 
   const AbsorbedInputs& in_;
   const TensorView x_;
-  const int64_t data_channels_, channels_;
+  const int64_t data_channels_, width_, channels_;
   const AttendedTokens attended_;
 };
 

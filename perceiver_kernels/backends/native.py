@@ -242,6 +242,81 @@ def cross_attention_bwd(
     return d_q, d_k, d_v
 
 
+Features: TypeAlias = tuple[Sequence[float], bool, bool, bool]  # frequencies, grouped, concat_pos, sine_only
+
+
+def _with_sums(rows: Tensor, eps: float | None) -> Tensor:
+    """With LayerNorm a token's mean is a further channel, whose form is the sum of the others."""
+    return rows if eps is None else torch.cat((rows, rows.sum(2, keepdim=True)), 2)
+
+
+def _without_sums(rows: Tensor, eps: float | None) -> Tensor:
+    """What _with_sums does, transposed."""
+    return rows if eps is None else rows[..., :-1] + rows[..., -1:]
+
+
+def _absorbed_inputs(
+    a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, batch: int
+) -> tuple[Described | None, ...]:
+    shared = [None if tensor is None else tensor.expand(batch, -1, -1) for tensor in (a, x, positions)]
+    return describe_all((*shared, mask))
+
+
+def absorbed_attention_fwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+) -> State:
+    """acc (batch, rows, C), lse (batch, rows), float64, and total, by csrc/cpu/absorbed_attention.cpp."""
+    given = (x,) if x is not None else (a, positions, mask)
+    batch = next((tensor.shape[0] for tensor in given if tensor is not None and tensor.shape[0] != 1), 1)
+    a = _with_sums(a, eps)
+    acc = a.new_empty(batch, *a.shape[1:])
+    lse = a.new_empty(batch, a.shape[1], dtype=torch.float64)
+    total = a.new_empty(batch, a.shape[1])
+    cpu_module().absorbed_attention_fwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all((acc, lse, total)), torch.get_num_threads(),
+    )  # fmt: skip
+    return _without_sums(acc, eps), lse, total
+
+
+def absorbed_attention_bwd(
+    a: Tensor,
+    x: Tensor | None,
+    positions: Tensor | None,
+    features: Features,
+    mask: Tensor | None,
+    eps: float | None,
+    dropout_p: float,
+    seed: int,
+    saved: State,
+    upstream: State,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a and x, empty where not needed, by csrc/cpu/absorbed_attention.cpp."""
+    needs_a, needs_x = needs
+    batch = saved[0].shape[0]
+    a, d_acc = _with_sums(a, eps), _with_sums(upstream[0], eps)
+    d_a = a.new_empty((batch, *a.shape[1:]) if needs_a else 0)
+    # Masked tokens are never visited: their gradients are the zeros of the allocation.
+    d_x = a.new_empty(0) if x is None or not needs_x else (x.new_empty if mask is None else x.new_zeros)(x.shape)
+    cpu_module().absorbed_attention_bwd(
+        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
+        describe_all(saved), describe_all((d_acc, *upstream[1:])), describe(d_a) if needs_a else None,
+        describe(d_x) if x is not None and needs_x else None, torch.get_num_threads(),
+    )  # fmt: skip
+    if needs_a:
+        d_a = _without_sums(d_a, eps)
+        d_a = d_a.sum(0, keepdim=True) if a.shape[0] == 1 and batch != 1 else d_a
+    return d_a, d_x
+
+
 def separable_query_attention_fwd(
     form: Tensor,
     v: Tensor,
@@ -321,66 +396,6 @@ def separable_query_attention_bwd(
 def _computable(tensor: Tensor, form: Tensor) -> Tensor:
     """Kernels that compute in float64 take nothing else."""
     return tensor.to(form.dtype) if form.dtype == torch.float64 else tensor
-
-
-Features: TypeAlias = tuple[Sequence[float], bool, bool, bool]  # frequencies, grouped, concat_pos, sine_only
-
-
-def _absorbed_inputs(
-    a: Tensor, x: Tensor | None, positions: Tensor | None, mask: Tensor | None, batch: int
-) -> tuple[Described | None, ...]:
-    shared = [None if tensor is None else tensor.expand(batch, -1, -1) for tensor in (a, x, positions)]
-    return describe_all((*shared, mask))
-
-
-def absorbed_attention_fwd(
-    a: Tensor,
-    x: Tensor | None,
-    positions: Tensor | None,
-    features: Features,
-    mask: Tensor | None,
-    eps: float | None,
-    dropout_p: float,
-    seed: int,
-) -> State:
-    """acc (batch, rows, C), lse (batch, rows), float64, and total, by csrc/cpu/absorbed_attention.cpp."""
-    given = (x,) if x is not None else (a, positions, mask)
-    batch = next((tensor.shape[0] for tensor in given if tensor is not None and tensor.shape[0] != 1), 1)
-    acc = a.new_empty(batch, *a.shape[1:])
-    lse = a.new_empty(batch, a.shape[1], dtype=torch.float64)
-    total = a.new_empty(batch, a.shape[1])
-    cpu_module().absorbed_attention_fwd(
-        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
-        describe_all((acc, lse, total)), torch.get_num_threads(),
-    )  # fmt: skip
-    return acc, lse, total
-
-
-def absorbed_attention_bwd(
-    a: Tensor,
-    x: Tensor | None,
-    positions: Tensor | None,
-    features: Features,
-    mask: Tensor | None,
-    eps: float | None,
-    dropout_p: float,
-    seed: int,
-    saved: State,
-    upstream: State,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a and x, empty where not needed, by csrc/cpu/absorbed_attention.cpp."""
-    needs_a, needs_x = needs
-    batch = saved[0].shape[0]
-    d_a = a.new_empty((batch, *a.shape[1:]) if needs_a else 0)
-    # Masked tokens are never visited: their gradients are the zeros of the allocation.
-    d_x = a.new_empty(0) if x is None or not needs_x else (x.new_empty if mask is None else x.new_zeros)(x.shape)
-    cpu_module().absorbed_attention_bwd(
-        _absorbed_inputs(a, x, positions, mask, batch), features, eps, (dropout_p, seed, 0),
-        describe_all(saved), describe_all(upstream), describe(d_a) if needs_a else None,
-        describe(d_x) if x is not None and needs_x else None, torch.get_num_threads(),
-    )  # fmt: skip
-    return d_a.sum(0, keepdim=True) if needs_a and a.shape[0] == 1 and batch != 1 else d_a, d_x
 
 
 def empty_large(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
