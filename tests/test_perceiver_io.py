@@ -303,7 +303,7 @@ def test_empty_batch() -> None:
 
 
 def test_compiles_whole() -> None:
-    model = make(**OPTIONS["logits"])
+    model = make(**OPTIONS["logits"], depth=1)
     data, queries = (tensor.float() for tensor in make_inputs())
     mask = make_mask()
     results = []
