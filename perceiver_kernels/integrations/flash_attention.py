@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.integrations.parts import Part, all_stock, pre_norm_mlp
+from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.projection import project
-from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.latent_attention import latent_attention
 
 
@@ -62,7 +62,8 @@ def attend(
     if getattr(mha, "rotary_emb", None) is not None:
         q, k = mha.rotary_emb.rotate(q), mha.rotary_emb.rotate(k)
     options = {"scale": mha.softmax_scale, "dropout_p": mha.dropout if mha.training else 0.0}
-    out = latent_attention(q, k, v, **options) if mask is None else cross_attention(q, k, v, mask=mask, **options)
+    among = mask is None and not mha.cross_attn
+    out = latent_attention(q, k, v, **options) if among else dense.attend(q, k, v, mask, **options)
     out = out.transpose(1, 2).flatten(2)
     return project(mha.out_proj, out if rows is None else out[rows])
 

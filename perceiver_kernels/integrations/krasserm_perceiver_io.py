@@ -28,11 +28,10 @@ from perceiver_kernels.modules.decoder import (
     QueryProjection,
     separable_query_cross_attention,
 )
+from perceiver_kernels.modules.dense import attend
 from perceiver_kernels.modules.folding import choose_path
 from perceiver_kernels.modules.projection import project
 from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
-from perceiver_kernels.ops.cross_attention import cross_attention
-from perceiver_kernels.ops.latent_attention import latent_attention
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -155,9 +154,7 @@ def _attend_projected(attention: Any, query: Tensor, tokens: Tensor, mask: Tenso
     """With keys and values in memory."""
     projected = (query, project(attention.k_proj, tokens), project(attention.v_proj, tokens))
     q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
-    q = q.expand(k.shape[0], -1, -1, -1)
-    options = {"scale": attention.dp_scale, "dropout_p": _dropout_p(attention)}
-    out = latent_attention(q, k, v, **options) if mask is None else cross_attention(q, k, v, mask=mask, **options)
+    out = attend(q, k, v, mask, scale=attention.dp_scale, dropout_p=_dropout_p(attention))
     return out.transpose(1, 2).flatten(2)
 
 

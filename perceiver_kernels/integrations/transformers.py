@@ -17,6 +17,7 @@ from transformers.pytorch_utils import apply_chunking_to_forward
 from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
 from perceiver_kernels.integrations.unbuilt import Unbuilt, built, segment_length
+from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.decoder import (
     FeedForwardWeights,
     GridQueries,
@@ -27,7 +28,6 @@ from perceiver_kernels.modules.decoder import (
 from perceiver_kernels.modules.folding import choose_path, separable_cross_attention
 from perceiver_kernels.modules.projection import is_stock, project
 from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
-from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.feed_forward import feed_forward
 from perceiver_kernels.ops.latent_attention import latent_attention
 
@@ -229,10 +229,8 @@ def _attend_projected(inner: Any, query: Tensor, inputs: Tensor, mask: Tensor | 
     q, k, v = (
         _split_heads(x, inner.num_heads) for x in (query, project(inner.key, inputs), project(inner.value, inputs))
     )
-    q = q.expand(k.shape[0], -1, -1, -1)
-    if mask is None:
-        return _merge_heads(latent_attention(q, k, v, dropout_p=_dropout_p(inner)))
-    return _merge_heads(cross_attention(q, k, v, mask=mask, dropout_p=_dropout_p(inner)))
+    scale = inner.qk_channels_per_head**-0.5
+    return _merge_heads(dense.attend(q, k, v, mask, scale=scale, dropout_p=_dropout_p(inner)))
 
 
 def _path(inner: Any, queries: int, segment: Segment) -> str:
@@ -454,7 +452,7 @@ def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor
     fused = _changed("final_layer", final_layer, nn.Linear) is None
     activation = _activation(mlp.intermediate_act_fn)
     assert activation is not None
-    dense = (mlp.dense1.weight, mlp.dense1.bias, mlp.dense2.weight, mlp.dense2.bias)
+    linears = (mlp.dense1.weight, mlp.dense1.bias, mlp.dense2.weight, mlp.dense2.bias)
     out = decode_streamed(
         queries.segments,
         project(inner.key, tokens),
@@ -464,7 +462,7 @@ def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor
         heads=inner.num_heads,
         dropout_p=_dropout_p(inner),
         query_residual=layer.attention.use_query_residual,
-        mlp=FeedForwardWeights(norm.weight, norm.bias, *dense, activation, norm.eps),
+        mlp=FeedForwardWeights(norm.weight, norm.bias, *linears, activation, norm.eps),
         final=OutputProjection(final_layer.weight, final_layer.bias) if fused else None,
     )
     return out if fused else final_layer(out)

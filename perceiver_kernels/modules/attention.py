@@ -262,7 +262,7 @@ class CrossAttention(nn.Module):
         if path == "absorbed":
             sizes = dense.Sizes(batch, 1, heads * queries, tokens, self.context_dim, self.context_dim, plain)
         else:
-            sizes = dense.Sizes(batch, heads, queries, tokens, self.head_dim, self.head_dim, plain)
+            sizes = dense.Sizes(batch, heads, queries, tokens, self.head_dim, self.head_dim_v, plain)
         ours = "pk.absorbed_attention" if path == "absorbed" else "pk.cross_attention"
         return [dense.describe(dense.torch_reason(latents.device, sizes), ours)]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.folding import LONGEST_SINGLE_AXIS
-from perceiver_kernels.ops.cross_attention import cross_attention
 from perceiver_kernels.ops.feed_forward import feed_forward
 from perceiver_kernels.ops.fourier_encode import encode_grid
 from perceiver_kernels.ops.linear import linear
@@ -483,8 +483,8 @@ class _Attention:
         if eps is not None:
             queries = F.layer_norm(queries, queries.shape[-1:], norm_weight, norm_bias, eps)
         q = linear(queries, weight, bias).unflatten(2, (self.keys.shape[1], -1)).transpose(1, 2)
-        q, k = (tensor.expand(self.batch, -1, -1, -1) for tensor in (q, self.keys))
-        return cross_attention(q, k, self.values, mask=self.mask, scale=self.scale, dropout_p=self.dropout_p)
+        keys = self.keys.expand(self.batch, -1, -1, -1)
+        return dense.attend(q, keys, self.values, self.mask, scale=self.scale, dropout_p=self.dropout_p)
 
 
 class _MLP:

@@ -79,7 +79,7 @@ def _stream(
     parameters = None if mlp is None else mlp.weights()
     weights = None
     if mlp is not None and parameters is not None:
-        weights = FeedForwardWeights(*parameters, mlp.fn.activation, mlp.norm.eps)
+        weights = FeedForwardWeights._make((*parameters, mlp.fn.activation, mlp.norm.eps))
     return decode_streamed(
         queries,
         keys,
