@@ -265,6 +265,10 @@ def test_parts_cover_a_grid_in_order(grid: tuple[int, ...], most: int) -> None:
     [
         ({"keys": rand(2, 7)}, r"keys has shape \(2, 7\), must be \(batch, latents, a multiple of 1 heads\)"),
         ({"values": rand(2, 6, 8)}, r"values has batch and latents \(2, 6\), must have \(2, 7\) as keys has"),
+        ({"values": rand(2, 7, 8).float()}, "values is torch.float32 on cpu, must be torch.float64 on cpu as keys is"),
+        ({"mask": torch.ones(2, 9).bool()}, r"mask has shape \(2, 9\), must be \(2, 7\): batch and keys"),
+        ({"mask": torch.ones(1, 7).bool()}, r"mask has shape \(1, 7\), must be \(2, 7\): batch and keys"),
+        ({"mask": rand(2, 7)}, "mask has dtype torch.float64, must be torch.bool"),
         ({"queries": rand(3, 4, 13)}, "queries has batch 3, must be 1 or 2 as keys has"),
         ({"queries": rand(4, 13)}, "queries has 2 dimensions, must have 3"),
         ({"query": QueryProjection(rand(6, 12))}, r"query.weight has shape \(6, 12\), must be \(6, 13\)"),
@@ -291,6 +295,17 @@ def test_bad_queries(arguments: dict[str, Tensor], message: str) -> None:
         GridQueries(grid_of(4, 5), **arguments)
 
 
+def test_an_empty_batch() -> None:
+    arguments = whole_decoder(grid_of(4, 5), channels=3, query_batch=2)
+    queries = arguments["queries"]
+    empty = {"queries": GridQueries(queries.grid, queries.data[:0])}
+    empty |= {name: arguments[name][:0] for name in ("keys", "values")}
+    assert decode_streamed(**{**arguments, **empty}).shape == (0, *decode_streamed(**arguments).shape[1:])
+
+
 def test_bad_index() -> None:
+    for index in (-1, 20):
+        with pytest.raises(ValueError, match=f"index has entries from {index} to {index}, must be from 0 to 19"):
+            GridQueries(grid_of(4, 5)).at(torch.tensor([index]))
     with pytest.raises(ValueError, match=r"index is \(2,\) of torch.float32, must be \(points,\) of torch.int64"):
         GridQueries(grid_of(4, 5)).at(torch.zeros(2))

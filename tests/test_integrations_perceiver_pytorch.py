@@ -303,6 +303,24 @@ def test_hooks_are_called(where: str) -> None:
     assert called == [where]
 
 
+@pytest.mark.parametrize("where", ["layers.0.cross_attn", "layers.0.cross_ff", "layers.0.self_attns.0.0"])
+def test_hooks_of_swapped_modules_get_what_the_original_gives(where: str) -> None:
+    model = make("perceiver").double()
+    data = make_data("perceiver")
+    model.get_submodule(where).register_forward_hook(lambda _, __, out: 0.5 * out)
+    expected = model(data)
+    accelerate(model)
+    torch.testing.assert_close(model(data), expected)
+
+
+def test_queries_of_more_inputs_than_the_data() -> None:
+    model = perceiver_io.PerceiverIO(depth=1, dim=5, queries_dim=6, num_latents=4, latent_dim=8, logits_dim=3).double()
+    data, queries = torch.randn(1, 9, 5, dtype=torch.float64), torch.randn(4, 7, 6, dtype=torch.float64)
+    expected = model(data, queries=queries)
+    accelerate(model)
+    torch.testing.assert_close(model(data, queries=queries), expected)
+
+
 def test_hooks_of_swapped_modules_are_called() -> None:
     model = make("perceiver").double()
     called = []

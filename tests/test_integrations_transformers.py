@@ -463,6 +463,36 @@ def test_other_activations() -> None:
         compare("masked_lm", model)
 
 
+def test_biases_of_keys_and_values_are_apart() -> None:
+    model = build("fourier")
+    inner = model.perceiver.encoder.cross_attention.attention.self
+    inner.key = torch.nn.Linear(inner.key.in_features, inner.key.out_features, bias=False)
+    torch.nn.init.normal_(inner.value.bias)
+    compare("fourier", model)
+
+
+def test_more_latents_than_inputs() -> None:
+    """A layer of its own broadcasts inputs of batch 1."""
+    plain = build("fourier").perceiver.encoder.cross_attention
+    fast = copy.deepcopy(plain)
+    pk.accelerate(fast)
+    width = plain.attention.self.key.in_features
+    latents, inputs = torch.randn(4, 6, plain.attention.self.query.in_features), torch.randn(1, 9, width)
+    with torch.no_grad():
+        same(fast(latents, inputs=inputs), plain(latents, inputs=inputs))
+
+
+def test_operators_build_unbuilt_tokens() -> None:
+    model = build("fourier")
+    pk.accelerate(model)
+    (image,) = make_inputs("fourier")
+    tokens, *_ = model.perceiver.input_preprocessor(image)
+    array = tokens.materialize()
+    for found, expected in ((tokens * 0.5, array * 0.5), (2 - tokens, 2 - array), (-tokens, -array)):
+        assert torch.equal(found, expected)
+    assert [part.shape for part in tokens] == [part.shape for part in array]
+
+
 def test_unbuilt_tokens_are_an_array_to_others() -> None:
     """A decoder of one's own, that computes with the preprocessed inputs, gets their values."""
 

@@ -130,6 +130,17 @@ def test_altered_decoders_run_their_modules() -> None:
     assert called == ["decoder_cross_attn.fn.to_q", "decoder_ff.fn.net.0"]
 
 
+@pytest.mark.parametrize("name", ["decoder_cross_attn", "decoder_ff"])
+def test_hooks_on_decoders_change_what_they_give(name: str) -> None:
+    builder = BUILDERS["fourier"].double()
+    model = pk.PerceiverIO(
+        depth=0, dim=5, queries_dim=builder.num_channels, num_latents=4, latent_dim=8, decoder_ff=True
+    ).double()
+    model.get_submodule(name).register_forward_hook(lambda _, __, out: 0.5 * out)
+    data = torch.randn(BATCH, 9, 5, dtype=torch.float64)
+    torch.testing.assert_close(model(data, queries=builder.on_grid()), model(data, queries=builder(BATCH)))
+
+
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "missing": ("inputs", {}, r"inputs is NoneType, must be given as a tensor \(batch, \.\.\., channels\)"),
     "inputs_shape": ("inputs", {"inputs": torch.zeros(2, 12, 4)}, r"inputs has shape \(2, 12, 4\), must be"),
@@ -138,6 +149,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "positions": ("positions", {"positions": torch.zeros(3, 12, 2)}, r"positions has shape \(3, 12, 2\), must be "),
     "tasks_dtype": ("learned_task", {"tasks": torch.tensor(1.0)}, r"tasks has dtype torch\.float32, must be"),
     "tasks_shape": ("learned_task", {"tasks": torch.tensor([1, 2, 3])}, r"tasks has shape \(3,\), must be \(\)"),
+    "tasks_range": ("learned_task", {"tasks": torch.tensor([1, 99])}, "tasks has entries from 1 to 99, must be from 0"),
     "indices_dtype": ("learned", {"indices": torch.tensor([1.0])}, r"indices is \(1,\) of torch\.float32, must be"),
     "indices_axes": ("fourier", {"indices": torch.tensor([[1]])}, r"indices is \(1, 1\) of torch\.int64, must be"),
     "indices_high": ("fourier", {"indices": torch.tensor([12])}, "indices has entries from 12 to 12,"),

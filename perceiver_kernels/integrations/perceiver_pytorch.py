@@ -25,6 +25,7 @@ from perceiver_kernels.integrations.parts import Part, all_stock, obstacle, pre_
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
 from perceiver_kernels.modules import attention
 from perceiver_kernels.modules.perceiver import Perceiver
+from perceiver_kernels.modules.projection import is_stock
 
 ATTENTIONS = (base.Attention, perceiver_io.Attention)
 FEED_FORWARDS = (base.FeedForward, perceiver_io.FeedForward)
@@ -92,7 +93,8 @@ class FusedCrossAttention(FusedAttention, attention.CrossAttention):
     ) -> Tensor:
         """The original's arguments; also raw data and its grid, x of batch 1 for all, and what to add."""
         context = arguments.get("context")
-        if context is not None and self._is_covered() and _can_attend(context, arguments.get("mask")):
+        fits = context is not None and len(x) in (1, len(context)) and _can_attend(context, arguments.get("mask"))
+        if fits and self._is_covered():
             inverted = arguments.get("inverted_attention", False)
             mask = None if arguments.get("mask") is None else arguments["mask"].flatten(1)
             return attention.CrossAttention.forward(
@@ -189,8 +191,9 @@ _Block: Any = getattr(base, "PerceiverBlock", nn.Module)
 
 
 def _add(part: nn.Module, x: Tensor, **arguments: Any) -> Tensor:
-    """part(x) + x, the addition inside the operator where it can be."""
-    return part(x, residual=x, **arguments) if isinstance(part, Accelerated) else part(x, **arguments) + x
+    """part(x) + x, the addition inside the operator where it can be: hooks are given what the original gives them."""
+    fuses = isinstance(part, Accelerated) and is_stock(part, type(part))
+    return part(x, residual=x, **arguments) if fuses else part(x, **arguments) + x
 
 
 def _run_pairs(pairs: Any, x: Tensor) -> Tensor:

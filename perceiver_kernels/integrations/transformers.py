@@ -178,6 +178,8 @@ def _attend(
             return None
         attended = _attend_among(inner, hidden_states)
     else:
+        if hidden_states.shape[0] not in (1, inputs.shape[0]):
+            return None
         mask = None if inputs_mask is None else _key_mask(inputs_mask)
         if mask is None and inputs_mask is not None:
             return None
@@ -211,7 +213,8 @@ def _attend_to(inner: Any, x: Tensor, inputs: Tensor | Unbuilt, mask: Tensor | N
         "dropout_p": _dropout_p(inner),
     }
     first = segments[0]
-    if path == "separable" and isinstance(first, GridTokens) and key.out_features == value.out_features:
+    alike = key.out_features == value.out_features and (key.bias is None) == (value.bias is None)
+    if path == "separable" and isinstance(first, GridTokens) and alike:
         options |= dict(zip(("norm_weight", "norm_bias", "eps"), normed, strict=True))
         options |= {"kv_weight": torch.cat((key.weight, value.weight)), "kv_bias": _joined(key.bias, value.bias)}
         return separable_cross_attention(query, first.data, first.grid, mask, **options)
@@ -418,7 +421,7 @@ class PerceiverBasicDecoder(theirs.PerceiverBasicDecoder, Accelerated):
         if subsampled_points is None or self.concat_preprocessed_input or self._obstacle():
             return super().decoder_query(inputs, modality_sizes, inputs_without_pos, subsampled_points)
         grid = fourier_grid(self.output_position_encodings, self.output_index_dims, endpoint=False)
-        points = subsampled_points.to(inputs.device)
+        points = subsampled_points.to(inputs.device, torch.int64)
         queries: GridQueries | Tensor = GridQueries(grid)
         if not torch.equal(points, torch.arange(grid.num_positions, device=points.device)):
             queries = GridQueries(grid).at(points, inputs.dtype)

@@ -61,6 +61,22 @@ class Unbuilt:
         return function(*map(built, args), **{name: built(value) for name, value in (kwargs or {}).items()})
 
 
+def _forward_operator(name: str) -> None:
+    """Let an operator work on the array; Python looks for it in the class only."""
+
+    def operator(self: Unbuilt, *others: Any) -> Any:
+        return getattr(self.materialize(), name)(*map(built, others))
+
+    setattr(Unbuilt, name, operator)
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    _forward_operator(f"__{_name}__")
+    _forward_operator(f"__r{_name}__")
+for _name in ("neg", "abs", "iter", "lt", "le", "gt", "ge"):
+    _forward_operator(f"__{_name}__")
+
+
 def segment_length(segment: GridQueries | Tensor) -> int:
     """Tokens or queries of a segment."""
     return segment.grid.num_positions if isinstance(segment, GridQueries) else segment.shape[1]

@@ -26,6 +26,7 @@ from perceiver_kernels.ops.fourier_encode import encode_grid
 from perceiver_kernels.ops.linear import linear
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 from perceiver_kernels.ops.separable_query_attention import MAX_CHANNELS, attend_from_grid
+from perceiver_kernels.ops.validation import check_key_mask
 
 BLOCK_BYTES = 16 << 20
 
@@ -33,7 +34,7 @@ BLOCK_BYTES = 16 << 20
 Part: TypeAlias = tuple[slice, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GridQueries:
     """The queries [data ; Fourier features ; constant] of all positions of a grid, not built.
 
@@ -98,8 +99,7 @@ class GridQueries:
         Returns:
             (batch or 1, P, channels).
         """
-        if index.dim() != 1 or index.dtype != torch.int64:
-            raise ValueError(f"index is {tuple(index.shape)} of {index.dtype}, must be (points,) of torch.int64")
+        check_indices("index", index, self.grid.num_positions)
         coordinates = torch.unravel_index(index, self.grid.shape)
         tables = self.grid.tables(index.device, dtype)
         features = torch.cat([table[along] for table, along in zip(tables, coordinates, strict=True)], -1)
@@ -114,6 +114,17 @@ class GridQueries:
         if self.constant is None:
             return queries
         return torch.cat((queries, self.constant.to(queries).expand(*queries.shape[:-1], -1)), -1)
+
+
+def check_indices(name: str, indices: Tensor, count: int) -> None:
+    """Raise a ValueError unless these are (points,), int64, from 0 to count - 1."""
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise ValueError(f"{name} is {tuple(indices.shape)} of {indices.dtype}, must be (points,) of torch.int64")
+    # On a GPU, looking would wait for it.
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        first, last = indices.aminmax()
+        if first < 0 or last >= count:
+            raise ValueError(f"{name} has entries from {first} to {last}, must be from 0 to {count - 1}")
 
 
 class QueryProjection(NamedTuple):
@@ -231,7 +242,7 @@ def reciprocal_deviation(queries: GridQueries, eps: float, device: torch.device,
     if queries.data is None:
         x = sums[0].new_empty(1, *grid.shape, 0)
     else:
-        x = queries.data.reshape(queries.batch, *grid.shape, -1)
+        x = queries.data.reshape(queries.batch, *grid.shape, queries.data_channels)
     return separable_layer_norm(x, sums, squares, feature_channels=channels, eps=eps).flatten(1)
 
 
@@ -271,7 +282,7 @@ def separable_query_cross_attention(
         weights (see `separable_query_attention`).
     Source: docs/separable_attention.md; Jaegle et al. 2022, arXiv:2107.14795.
     """
-    _check(queries, keys, values, query, output, heads)
+    _check(queries, keys, values, query, output, heads, mask)
     return _Attention(queries, keys, values, query, output, heads, scale, mask, dropout_p).whole()
 
 
@@ -319,7 +330,7 @@ def decode_streamed(
     if not segments:
         raise ValueError("queries is an empty sequence, must have at least one segment")
     for segment in segments:
-        _check(segment, keys, values, query, output, heads)
+        _check(segment, keys, values, query, output, heads, mask)
     channels = values.shape[2] if output is None else output.weight.shape[0]
     if query_residual and channels != query.weight.shape[1]:
         raise ValueError(
@@ -336,7 +347,7 @@ def decode_streamed(
     attentions = [
         _Attention(segment, keys, values, query, output, heads, scale, mask, dropout_p) for segment in segments
     ]
-    batch = max(attention.batch for attention in attentions)
+    batch = _joint_batch([attention.batch for attention in attentions])
 
     def decode(attention: _Attention, part: Part) -> Tensor:
         y = attention(part, residual=query_residual)
@@ -421,7 +432,7 @@ class _Attention:
         dropout_p: float,
     ) -> None:
         query_batch = queries.batch if isinstance(queries, GridQueries) else queries.shape[0]
-        self.batch = max(keys.shape[0], query_batch)
+        self.batch = _joint_batch([keys.shape[0], query_batch])
         self.queries, self.query = queries, query
         self.mask, self.dropout_p = mask, dropout_p
         self.dtype, self.device = values.dtype, values.device
@@ -605,6 +616,14 @@ def _separable(queries: GridQueries) -> bool:
     return queries.data_channels <= MAX_CHANNELS and not long
 
 
+def _joint_batch(batches: Sequence[int]) -> int:
+    """The one that is not 1, if there is one; 0 too."""
+    found = {batch for batch in batches if batch != 1}
+    if len(found) > 1:
+        raise ValueError(f"queries has segments of batch {sorted(found)}, must have one batch, or 1")
+    return found.pop() if found else 1
+
+
 def _check(
     queries: GridQueries | Tensor,
     keys: Tensor,
@@ -612,6 +631,7 @@ def _check(
     query: QueryProjection,
     output: OutputProjection | None,
     heads: int,
+    mask: Tensor | None,
 ) -> None:
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 3 or tensor.shape[2] % heads or not tensor.shape[2]:
@@ -622,6 +642,10 @@ def _check(
         raise ValueError(
             f"values has batch and latents {tuple(values.shape[:2])}, must have {tuple(keys.shape[:2])} as keys has"
         )
+    if values.dtype != keys.dtype or values.device != keys.device:
+        raise ValueError(
+            f"values is {values.dtype} on {values.device}, must be {keys.dtype} on {keys.device} as keys is"
+        )
     if isinstance(queries, GridQueries):
         batch, channels = queries.batch, queries.num_channels
     elif queries.dim() == 3:
@@ -630,6 +654,7 @@ def _check(
         raise ValueError(f"queries has {queries.dim()} dimensions, must have 3: (batch or 1, queries, channels)")
     if batch != keys.shape[0] and 1 not in (batch, keys.shape[0]):
         raise ValueError(f"queries has batch {batch}, must be 1 or {keys.shape[0]} as keys has")
+    check_key_mask(mask, keys.shape[0] if batch == 1 else batch, keys.shape[1], "keys")
     if tuple(query.weight.shape) != (keys.shape[2], channels):
         raise ValueError(
             f"query.weight has shape {tuple(query.weight.shape)}, must be {(keys.shape[2], channels)}: keys' channels "

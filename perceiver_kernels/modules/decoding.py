@@ -59,6 +59,8 @@ def decode(
 def _streams(attention: CrossAttention, mlp: FeedForward | None) -> bool:
     """Whether the modules are as they came, so that their parameters stand for them."""
     fn, norm = attention.fn, attention.norm
+    if not all(is_stock(module, type(module)) for module in (attention, mlp) if module is not None):
+        return False
     plain = is_plain(fn.to_q) and is_plain(fn.to_out) and (mlp is None or mlp.weights() is not None)
     return plain and type(norm) in (nn.LayerNorm, nn.Identity) and is_stock(norm, type(norm))
 

@@ -79,8 +79,8 @@ def attend(
 
     Args:
         query: (batch or 1, heads, N, head_dim).
-        keys: (batch, heads, M, head_dim).
-        values: (batch, heads, M, head_dim_v); head_dim_v may differ from head_dim.
+        keys: (batch or 1, heads, M, head_dim).
+        values: (batch or 1, heads, M, head_dim_v); head_dim_v may differ from head_dim.
         mask: bool (batch, M), True = attend. Inputs whose mask is False everywhere get zeros.
         scale: of the scores.
         dropout_p: probability of dropping an attention weight.
@@ -88,8 +88,9 @@ def attend(
     Returns:
         (batch, heads, N, head_dim_v).
     """
-    batch, heads, tokens, head_dim = keys.shape
-    query = query.expand(batch, -1, -1, -1)
+    _, heads, tokens, head_dim = keys.shape
+    batch = query.shape[0] if keys.shape[0] == 1 else keys.shape[0]
+    query, keys, values = (tensor.expand(batch, -1, -1, -1) for tensor in (query, keys, values))
     plain = mask is None and dropout_p == 0
     sizes = Sizes(batch, heads, query.shape[2], tokens, head_dim, values.shape[3], plain)
     if torch_reason(query.device, sizes) is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perceiver_kernels.modules.attention import CrossAttention, SelfAttention
@@ -293,4 +294,6 @@ class OfficialAutoencoder(nn.Module):
         final, head = self.decoder.final, self.heads[name]
         if not (is_plain(final) and is_plain(head)):
             return nn.Sequential(final, head)
-        return OutputProjection(head.weight @ final.weight, head.weight @ final.bias + head.bias)
+        with torch.autocast(head.weight.device.type, enabled=False):
+            bias = head.bias if final.bias is None else F.linear(final.bias, head.weight, head.bias)
+            return OutputProjection(head.weight @ final.weight, bias)

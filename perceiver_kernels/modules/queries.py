@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_kernels.encodings import FourierEncoding, FourierGrid
-from perceiver_kernels.modules.decoder import GridQueries
+from perceiver_kernels.modules.decoder import GridQueries, check_indices
 
 
 class Queries(nn.Module):
@@ -173,6 +173,7 @@ class TaskQueries(Queries):
         tasks = _given(given, self.name, "() or (batch,)")
         if tasks.dtype != torch.int64:
             raise ValueError(f"{self.name} has dtype {tasks.dtype}, must be torch.int64")
+        check_indices(self.name, tasks.flatten(), len(self.embeddings))
         return tasks
 
 
@@ -240,11 +241,5 @@ def _given(given: dict[str, Any], name: str, shape: str) -> Tensor:
 
 
 def _checked(indices: Tensor, num_queries: int) -> Tensor:
-    if indices.dim() != 1 or indices.dtype != torch.int64:
-        raise ValueError(f"indices is {tuple(indices.shape)} of {indices.dtype}, must be (points,) of torch.int64")
-    # On a GPU, looking would wait for it.
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
-        first, last = indices.aminmax()
-        if first < 0 or last >= num_queries:
-            raise ValueError(f"indices has entries from {first} to {last}, must be from 0 to {num_queries - 1}")
+    check_indices("indices", indices, num_queries)
     return indices

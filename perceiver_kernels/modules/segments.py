@@ -177,7 +177,7 @@ class _Folded:
 
     def _attend_to_grid(self, tokens: GridTokens, mask: Tensor | None) -> PartialState:
         grid = tokens.grid
-        x = tokens.data.reshape(tokens.data.shape[0], *grid.shape, -1)
+        x = tokens.data.reshape(tokens.data.shape[0], *grid.shape, tokens.data_channels)
         keys, values = (
             self._summands(tokens, weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
             for weight in (self.key_weight, self.value_weight)
