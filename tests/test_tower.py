@@ -17,8 +17,8 @@ from torch.nn.utils import parametrizations
 
 import perceiver_kernels as pk
 from perceiver_kernels.backends import matrix_product
-from perceiver_kernels.benchmarking.models import LibraryTower
 from perceiver_kernels.modules import perceiver
+from perceiver_kernels.modules.official import LatentBlocks
 
 # batch, latents, channels: the large one is multiplied by the fused operators, the small one by torch's own.
 SIZES = {"large": (2, 150, 136), "small": (2, 5, 24)}
@@ -393,7 +393,7 @@ def test_compiles_whole(name: str) -> None:
     if needs_compiler():
         pytest.skip(needs_compiler())
     model, data = (
-        (LibraryTower(dim=24, layers=2, heads=2, mult=2), torch.randn(2, 6, 24))
+        (LatentBlocks(dim=24, layers=2, heads=2, mult=2), torch.randn(2, 6, 24))
         if name == "tower"
         else (make_model(depth=2 + (name != "perceiver"), weight_tie_layers=name != "perceiver"), make_data())
     )

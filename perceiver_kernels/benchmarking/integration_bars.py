@@ -102,18 +102,23 @@ ROWS = 16384
 
 
 def decoder_calls(model: Any, inputs: dict[str, Tensor]) -> dict[str, Call]:
-    """A chunk's decoder without the encoder before it; and the products of some rows that nothing can spare."""
+    """A chunk's decoder without the encoder before it; and the products of some rows that nothing can spare.
+
+    Attended values have fewer channels than the queries that they become, and the last map is folded into the MLP's.
+    """
     perceiver = model.perceiver
     with torch.no_grad():
         tokens, sizes, without_pos = perceiver.input_preprocessor(inputs)
         query = perceiver.decoder.decoder_query(tokens, sizes, without_pos, points(CHUNKS))
     z = torch.randn(1, MULTIMODAL["num_latents"], MULTIMODAL["d_latents"])
-    layer, x = perceiver.decoder.decoder.decoding_cross_attention, torch.randn(ROWS, query.shape[2])
-    weights = (layer.mlp.dense1.weight, layer.mlp.dense2.weight, perceiver.decoder.decoder.final_layer.weight)
+    values, hidden, channels = MULTIMODAL["d_latents"] + 2, query.shape[2], MULTIMODAL["output_num_channels"]
+    operands = [
+        (torch.randn(ROWS, width), torch.randn(wanted, width))
+        for width, wanted in ((values, hidden), (hidden, channels), (values, channels))
+    ]
 
-    @torch.no_grad()
     def products() -> None:
-        for weight in weights:
+        for x, weight in operands:
             torch.mm(x, weight.t())
 
     return {"a chunk of the decoder": torch.no_grad()(lambda: perceiver.decoder(query, z)), "products": products}
