@@ -140,6 +140,66 @@ def language(recorder: Recorder) -> Iterator[Bar]:
     yield speedup("language model, 8 x 2,048 bytes, forward", times, "transformers", 1.8)
 
 
+def parity(recorder: Recorder) -> Iterator[Bar]:
+    """Outputs and all gradients of the released models, accelerated against not, in float32 against float64."""
+    image, text = torch.rand(1, 3, 224, 224), torch.randint(0, 262, (1, 2048))
+    outputs = {"subsampled_output_points": points(CHUNKS)}
+    released: tuple[tuple[str, dict[str, Any], Any, dict[str, Any]], ...] = (
+        ("PerceiverForImageClassificationFourier", IMAGENET, image, {}),
+        ("PerceiverForImageClassificationLearned", IMAGENET, image, {}),
+        ("PerceiverForImageClassificationConvProcessing", IMAGENET, image, {}),
+        ("PerceiverForMaskedLM", LANGUAGE, text, {}),
+        ("PerceiverForSequenceClassification", LANGUAGE, text, {}),
+        ("PerceiverForMultimodalAutoencoding", MULTIMODAL, modalities(), outputs),
+    )
+    for name, sizes, inputs, options in released:
+        recorder.progress(name)
+        plain, fast = models(name, sizes)
+        ours, theirs = (values(model, inputs, options, torch.float32) for model in (fast, plain))
+        truth = values(plain, inputs, options, torch.float64)
+        largest = max(tensor.abs().max() for tensor in truth.values())
+        # Some gradients are zero by symmetry: what is left of them is rounding.
+        kept = [key for key, tensor in truth.items() if tensor.abs().max() > 1e-13 * largest]
+        value, key = max((of_allowed(ours[key], theirs[key], truth[key]), key) for key in kept)
+        what = f"{name}: largest error, of what the tolerances allow"
+        yield Bar(what, value, 1.0, at_least=False, note=f"worst of {len(kept)}: {key}")
+
+
+def values(model: Any, inputs: Any, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The logits and the gradient of every parameter, of a sum with random weights."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cast(part) for key, part in value.items()}
+        return value.to(dtype) if value.is_floating_point() else value
+
+    model.to(dtype)
+    model.zero_grad()
+    logits = model(inputs=cast(inputs), **options).logits
+    found = dict(logits) if isinstance(logits, dict) else {"logits": logits}
+    generator = torch.Generator().manual_seed(1)
+    torch.stack(
+        [(part * torch.randn(part.shape, generator=generator).to(dtype)).sum() for part in found.values()]
+    ).sum().backward()
+    gradients = {f"gradient of {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+    result = {key: tensor.detach().clone() for key, tensor in (found | gradients).items()}
+    model.zero_grad()
+    model.float()
+    return result
+
+
+def of_allowed(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
+    """Our largest error by what may be: twice theirs and 16 units of float32 in the last place of the largest."""
+    error, plain = ((tensor.double() - truth).abs().max().item() for tensor in (ours, theirs))
+    return error / (2 * plain + 16 * torch.finfo(torch.float32).eps * truth.abs().max().item())
+
+
+def modalities() -> dict[str, Tensor]:
+    """Video, audio and no label."""
+    image, audio = torch.rand(1, 16, 3, 224, 224), torch.rand(1, 16 * 1920, 1)
+    return {"image": image, "audio": audio, "label": torch.zeros(1, 700)}
+
+
 def models(name: str, sizes: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """A model of transformers, and one that shares its parameters and is accelerated."""
     import transformers
@@ -191,4 +251,4 @@ def memory(what: str, value: int | None, limit: float) -> Bar:
     return Bar(f"{what}: our peak memory", value, limit, at_least=False, show=tables.size)
 
 
-GROUPS = (imagenet, language, optical_flow, multimodal)
+GROUPS = (imagenet, language, optical_flow, multimodal, parity)
