@@ -51,6 +51,8 @@ class Gradients {
             const LatentGradients& gradients)
       : tokens_(tokens), saved_(saved), d_out_(d_out), gradients_(gradients) {}
 
+  static constexpr bool kTakesRests = false;  // its caller has taken the mean off the keys
+
   const TensorView& d_out() const { return d_out_; }
   bool needs_queries() const { return true; }
   bool needs_keys() const { return true; }

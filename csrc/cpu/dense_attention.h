@@ -464,9 +464,10 @@ class DenseBackwardHead {
         gradients_(gradients),
         plan_(plan),
         sizes_(call.sizes),
+        query_step_(query_width(sizes_)),
         step_(row_step<T>(sizes_.head_dim)),
         step_v_(row_step<T>(sizes_.head_dim_v)),
-        inner_size_(plan.keys_outer ? plan.inner_blocks * kQueryBlock * step_
+        inner_size_(plan.keys_outer ? plan.inner_blocks * kQueryBlock * query_step_
                                     : plan.inner_blocks * kBackwardKeys * key_width(sizes_)),
         queries_(sizes_, plan.keys_outer ? plan.inner_blocks : 0),
         keys_(sizes_, plan.keys_outer ? 0 : plan.inner_blocks),
@@ -510,14 +511,15 @@ class DenseBackwardHead {
 
   void write_inner(int64_t block, State& state) const {
     if (plan_.keys_outer) {
-      write_queries(block, d_inner_.get() + block * kQueryBlock * step_);
+      write_queries(block, d_inner_.get() + block * kQueryBlock * query_step_);
     } else if (block < key_blocks()) {
       write_keys(block, d_inner_.get() + block * kBackwardKeys * key_width(sizes_), state);
     }
   }
 
  private:
-  static int64_t query_width(const DenseSizes& sizes) { return row_step<T>(sizes.head_dim); }
+  // Of the gradient of a query and, behind it, the sum of its d_s.
+  static int64_t query_width(const DenseSizes& sizes) { return row_step<T>(sizes.head_dim + 1); }
   // Of the gradients of a key and its value, which are one where these are.
   static int64_t key_width(const DenseSizes& sizes) {
     return row_step<T>(sizes.head_dim) + (kOneMatrix ? 0 : row_step<T>(sizes.head_dim_v));
@@ -537,7 +539,7 @@ class DenseBackwardHead {
     std::fill_n(d_keys, kBackwardKeys * key_width(sizes_), T(0));
     for (int64_t query_block = 0; query_block < plan_.inner_blocks; ++query_block) {
       step({queries_, query_block, query_range(query_block)}, {state.keys, 0, key_range(block)},
-           d_queries + query_block * kQueryBlock * step_, d_keys, state);
+           d_queries + query_block * kQueryBlock * query_step_, d_keys, state);
     }
     write_keys(block, d_keys, state);
   }
@@ -546,15 +548,15 @@ class DenseBackwardHead {
     const int64_t first = group * BackwardPlan::kQueryGroup;
     const int64_t count = std::min(BackwardPlan::kQueryGroup, sizes_.query_blocks() - first);
     T* d_queries = state.d_outer.get();
-    std::fill_n(d_queries, count * kQueryBlock * step_, T(0));
+    std::fill_n(d_queries, count * kQueryBlock * query_step_, T(0));
     for (int64_t i = 0; i < count; ++i) pack_queries_of(first + i, state.queries, i, state);
     for (int64_t block = 0; block < key_blocks(); ++block) {
       for (int64_t i = 0; i < count; ++i) {
         step({state.queries, i, query_range(first + i)}, {keys_, block, key_range(block)},
-             d_queries + i * kQueryBlock * step_, d_keys + block * kBackwardKeys * key_width(sizes_), state);
+             d_queries + i * kQueryBlock * query_step_, d_keys + block * kBackwardKeys * key_width(sizes_), state);
       }
     }
-    for (int64_t i = 0; i < count; ++i) write_queries(first + i, d_queries + i * kQueryBlock * step_);
+    for (int64_t i = 0; i < count; ++i) write_queries(first + i, d_queries + i * kQueryBlock * query_step_);
   }
 
   void pack_queries_of(int64_t block, PackedQueries<T>& packed, int64_t place, State& state) const {
@@ -613,7 +615,18 @@ class DenseBackwardHead {
     if (gradients_.needs_queries()) {
       multiply_block<T, kStep, 1>(d_scores, queries.range.count, keys.packed.rows(keys.place),
                                   panel_step<T>(kBackwardKeys), keys.range.count, sizes_.head_dim,
-                                  AddTo<T>{d_queries, step_});
+                                  AddTo<T>{d_queries, query_step_});
+      if (Gradients::kTakesRests) add_rests(d_scores, queries.range.count, keys.range.count, d_queries);
+    }
+  }
+
+  // Behind d_q: the sum of the query's d_s, which is what came upstream of lse, but for rounding.
+  void add_rests(const T* d_scores, int64_t queries, int64_t keys, T* d_queries) const {
+    for (int64_t i = 0; i < queries; ++i) {
+      const T* row = d_scores + i * kStep;
+      Vec<T> sum = {};
+      for (int64_t j = 0; j < keys; j += Simd<T>::lanes) sum += load_channels<T>(row + j, 1, keys - j);
+      d_queries[i * query_step_ + sizes_.head_dim] += lane_sum<T>(sum);
     }
   }
 
@@ -646,9 +659,9 @@ class DenseBackwardHead {
     }
   }
 
-  void write_queries(int64_t block, const T* rows) const {
+  void write_queries(int64_t block, T* rows) const {
     if (!gradients_.needs_queries()) return;
-    gradients_.write_queries(batch_, head_, query_range(block), rows, step_, static_cast<T>(call_.scale));
+    gradients_.write_queries(batch_, head_, query_range(block), rows, query_step_, static_cast<T>(call_.scale));
   }
 
   void write_keys(int64_t block, T* d_keys, State& state) const {
@@ -661,7 +674,7 @@ class DenseBackwardHead {
   const Gradients& gradients_;
   const BackwardPlan& plan_;
   const DenseSizes& sizes_;
-  const int64_t step_, step_v_, inner_size_;
+  const int64_t query_step_, step_, step_v_, inner_size_;
   int64_t batch_ = 0, head_ = 0, tokens_ = 0;
   PackedQueries<T> queries_;
   PackedKeys<T, kOneMatrix> keys_;
