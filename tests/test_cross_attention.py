@@ -330,7 +330,7 @@ def build(kernel: str, dtype: str, head_dim: int, arch: int = 90) -> Build:
     rows = {"fp32": torch.float32, "bf16": torch.bfloat16}
     most = launcher.limits(torch.empty(1, 1, 2, head_dim, dtype=rows[dtype]))
     pointers = dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v"), f"*{dtype}")
-    pointers |= dict.fromkeys(("lse", "peaks", "totals", "delta"), "*fp32")
+    pointers |= dict.fromkeys(("lse", "peaks", "totals", "delta", "rests"), "*fp32")
     tensors = ["q", "k", "v", "out", "d"]
     strides = {f"{name}_{axis}": "i32" for name in tensors for axis in ("batch", "head", "row")}
     signature = pointers | strides | INDEX | NUMBERS | {"d_scale": "fp32", "mask_batch": "i32", "mask_row": "i32"}

@@ -133,11 +133,15 @@ class Gradients {
         d_a_(as_one_head(d_a)),
         d_x_(as_one_head(d_x)) {}
 
-  static constexpr bool kTakesRests = true;
-
   const TensorView& d_out() const { return d_acc_; }
   bool needs_queries() const { return d_a_.defined(); }
   bool needs_keys() const { return d_x_.defined(); }
+
+  // Of a row with nothing to attend to, nothing depends on it.
+  T d_lse(int64_t batch, int64_t row) const {
+    const bool empty = element<double>(saved_.lse, batch, row) == -std::numeric_limits<double>::infinity();
+    return empty ? T(0) : static_cast<T>(element<double>(upstream_.lse, batch, row));
+  }
 
   // delta = d_acc . acc + d_total total - d_lse
   void statistics(int64_t batch, int64_t, const Range& rows, T* reference, T* delta, T* d_total) const {
@@ -147,12 +151,11 @@ class Gradients {
       reference[i] = score_reference<T>(element<double>(saved_.lse, batch, row));
       d_total[i] = element<T>(upstream_.total, batch, row);
       delta[i] += d_total[i] * element<T>(saved_.total, batch, row);
-      delta[i] -= static_cast<T>(element<double>(upstream_.lse, batch, row));
+      delta[i] -= d_lse(batch, row);
     }
   }
 
-  void write_queries(int64_t batch, int64_t, const Range& rows, T* d_rows, int64_t step, T) const {
-    for (int64_t i = 0; i < rows.count; ++i) take_rest(batch, rows.first + i, d_rows + i * step);
+  void write_queries(int64_t batch, int64_t, const Range& rows, const T* d_rows, int64_t step, T) const {
     write_rows(d_a_, batch, 0, rows, nullptr, d_rows, step, T(1));
   }
 
@@ -164,16 +167,6 @@ class Gradients {
   }
 
  private:
-  // The sum of a row's d_s is d_lse. What rounding adds to it, times what tokens have in common, would be most of d_a
-  // where they are much alike; their weighted mean is near enough to that.
-  void take_rest(int64_t batch, int64_t row, T* d_row) const {
-    const T total = element<T>(saved_.total, batch, row);
-    if (total == 0) return;
-    const T rest = (d_row[d_a_.size(3)] - static_cast<T>(element<double>(upstream_.lse, batch, row))) / total;
-    const auto acc = matrix_of<const T>(acc_, batch, 0);
-    for (int64_t c = 0; c < acc_.size(3); ++c) d_row[c] -= rest * acc.row(row)[c * acc.channel_step];
-  }
-
   template <class X>
   static X element(const TensorView& view, int64_t batch, int64_t row) {
     return view.as<const X>()[batch * view.stride(0) + row * view.stride(1)];

@@ -295,6 +295,56 @@ class ScoreBlock {
   Vec<T> largest_[kQueryBlock];
 };
 
+// ---- What rounding leaves of a sum of d_s, in backward. The gradients of a query's scores add up to zero, or to what
+// came upstream of its lse, but for rounding. Where keys are much alike, that rest times what they have in common would
+// be most of the query's gradient: it is taken off again, times their mean.
+
+// sums[i * sums_step] += the sum of row i of a block of backward.
+template <class T>
+void add_row_sums(const T* block, int64_t rows, int64_t columns, T* sums, int64_t sums_step) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = block + i * score_step<T, kBackwardKeys>;
+    Vec<T> sum = {};
+    for (int64_t j = 0; j < columns; j += Simd<T>::lanes) sum += load_channels<T>(row + j, 1, columns - j);
+    sums[i * sums_step] += lane_sum<T>(sum);
+  }
+}
+
+// sums[c] = the sum of channel c over some rows; whole vectors, zeros behind the last channel.
+template <class T, class X>
+void sum_rows(const Matrix<const X>& rows, int64_t count, int64_t channels, T* sums) {
+  for (int64_t c = 0; c < channels; c += Simd<T>::lanes) {
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < count; ++i) {
+      sum += load_channels<T>(rows.row(i) + c * rows.channel_step, rows.channel_step, channels - c);
+    }
+    store<T>(sums + c, sum);
+  }
+}
+
+// The mean of rows, from their sums over blocks, `step` apart.
+template <class T>
+class MeanRow {
+ public:
+  MeanRow(const T* sums, int64_t blocks, int64_t step, int64_t rows, int64_t channels)
+      : channels_(channels), mean_(channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      T sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += sums[block * step + c];
+      mean_[c] = rows > 0 ? sum / static_cast<T>(rows) : T(0);
+    }
+  }
+
+  // row -= rest * mean
+  void take(T rest, T* row) const {
+    for (int64_t c = 0; c < channels_; ++c) row[c] -= rest * mean_[c];
+  }
+
+ private:
+  const int64_t channels_;
+  AlignedBuffer<T> mean_;
+};
+
 // Runs all heads: as many as divide evenly among the threads as one task each, in cache, the remaining ones split among
 // all threads. What is computed does not depend on which.
 template <class Whole, class Split>

@@ -51,11 +51,10 @@ class Gradients {
             const LatentGradients& gradients)
       : tokens_(tokens), saved_(saved), d_out_(d_out), gradients_(gradients) {}
 
-  static constexpr bool kTakesRests = false;  // its caller has taken the mean off the keys
-
   const TensorView& d_out() const { return d_out_; }
   bool needs_queries() const { return true; }
   bool needs_keys() const { return true; }
+  T d_lse(int64_t, int64_t) const { return T(0); }
 
   // delta = d_out . out
   void statistics(int64_t batch, int64_t head, const Range& queries, T* reference, T* delta, T* d_total) const {

@@ -471,7 +471,8 @@ class DenseBackwardHead {
                                     : plan.inner_blocks * kBackwardKeys * key_width(sizes_)),
         queries_(sizes_, plan.keys_outer ? plan.inner_blocks : 0),
         keys_(sizes_, plan.keys_outer ? 0 : plan.inner_blocks),
-        d_inner_(partial_sums * inner_size_) {}
+        d_inner_(partial_sums * inner_size_),
+        key_sums_(blocks(sizes_.tokens, kBackwardKeys) * step_) {}
 
   void begin(int64_t index) {
     batch_ = index / sizes_.heads;
@@ -571,12 +572,13 @@ class DenseBackwardHead {
     gradients_.statistics(batch_, head_, range, packed.reference(place), packed.delta(place), packed.d_total(place));
   }
 
-  void pack_keys_of(int64_t block, PackedKeys<T, kOneMatrix>& packed, int64_t place, State& state) const {
+  void pack_keys_of(int64_t block, PackedKeys<T, kOneMatrix>& packed, int64_t place, State& state) {
     constexpr int width = tile_width<T>;
     const Range range = key_range(block);
     const TokenRows<T> rows = call_.tokens.rows(batch_, head_, range, state.copy.get());
     pack_columns<T>(rows.keys, range.count, sizes_.head_dim, packed.columns(place));
     pack_panels<T>(rows.keys, range.count, sizes_.head_dim, width, panel_step<T>(kBackwardKeys), packed.rows(place));
+    sum_rows(rows.keys, range.count, sizes_.head_dim, key_sums_.get() + block * step_);
     if (!kOneMatrix) pack_columns<T>(rows.values, range.count, sizes_.head_dim_v, packed.value_columns(place));
   }
 
@@ -616,17 +618,7 @@ class DenseBackwardHead {
       multiply_block<T, kStep, 1>(d_scores, queries.range.count, keys.packed.rows(keys.place),
                                   panel_step<T>(kBackwardKeys), keys.range.count, sizes_.head_dim,
                                   AddTo<T>{d_queries, query_step_});
-      if (Gradients::kTakesRests) add_rests(d_scores, queries.range.count, keys.range.count, d_queries);
-    }
-  }
-
-  // Behind d_q: the sum of the query's d_s, which is what came upstream of lse, but for rounding.
-  void add_rests(const T* d_scores, int64_t queries, int64_t keys, T* d_queries) const {
-    for (int64_t i = 0; i < queries; ++i) {
-      const T* row = d_scores + i * kStep;
-      Vec<T> sum = {};
-      for (int64_t j = 0; j < keys; j += Simd<T>::lanes) sum += load_channels<T>(row + j, 1, keys - j);
-      d_queries[i * query_step_ + sizes_.head_dim] += lane_sum<T>(sum);
+      add_row_sums<T>(d_scores, queries.range.count, keys.range.count, d_queries + sizes_.head_dim, query_step_);
     }
   }
 
@@ -661,7 +653,13 @@ class DenseBackwardHead {
 
   void write_queries(int64_t block, T* rows) const {
     if (!gradients_.needs_queries()) return;
-    gradients_.write_queries(batch_, head_, query_range(block), rows, query_step_, static_cast<T>(call_.scale));
+    const Range queries = query_range(block);
+    const MeanRow<T> mean_key(key_sums_.get(), key_blocks(), step_, tokens_, sizes_.head_dim);
+    for (int64_t i = 0; i < queries.count; ++i) {
+      T* row = rows + i * query_step_;
+      mean_key.take(row[sizes_.head_dim] - gradients_.d_lse(batch_, queries.first + i), row);
+    }
+    gradients_.write_queries(batch_, head_, queries, rows, query_step_, static_cast<T>(call_.scale));
   }
 
   void write_keys(int64_t block, T* d_keys, State& state) const {
@@ -679,6 +677,7 @@ class DenseBackwardHead {
   PackedQueries<T> queries_;
   PackedKeys<T, kOneMatrix> keys_;
   AlignedBuffer<T> d_inner_;
+  AlignedBuffer<T> key_sums_;  // of each block of keys
 };
 
 template <class T, class Tokens, class Gradients>

@@ -178,6 +178,7 @@ class BackwardHead {
         d_out_(d_out),
         gradients_(gradients),
         sizes_(in),
+        query_step_(rounded_up(sizes_.head_dim + 1, tile_width<T>)),
         step_(rounded_up(sizes_.head_dim, tile_width<T>)),
         step_v_(rounded_up(sizes_.head_dim_v, tile_width<T>)),
         padded_queries_(sizes_.query_blocks() * kQueryBlock),
@@ -190,7 +191,8 @@ class BackwardHead {
         d_out_rows_(sizes_.queries * step_v_),
         reference_(padded_queries_),
         delta_(padded_queries_),
-        d_queries_(partial_sums * padded_queries_ * step_) {}
+        key_sums_(blocks(sizes_.keys, kBackwardKeys) * step_),
+        d_queries_(partial_sums * padded_queries_ * query_step_) {}
 
   void begin(int64_t index) {
     batch_ = index / sizes_.heads;
@@ -204,6 +206,7 @@ class BackwardHead {
     pack_columns<T>(from(v, keys), keys.count, sizes_.head_dim_v,
                     value_columns_.get() + keys.first * sizes_.head_dim_v);
     pack_rows<T>(k, keys, sizes_.head_dim, sizes_.keys, key_rows_.get());
+    sum_rows(from(k, keys), keys.count, sizes_.head_dim, key_sums_.get() + key_block * step_);
   }
 
   void pack_queries(int64_t query_block) {
@@ -222,7 +225,7 @@ class BackwardHead {
   void part(int64_t index, int64_t partial_sum, State& state) {
     const int64_t all = blocks(sizes_.keys, kBackwardKeys), parts = key_parts(sizes_);
     T* d_queries = partial(partial_sum);
-    std::fill_n(d_queries, rounded_up(sizes_.queries, kLowTileRows) * step_, T(0));
+    std::fill_n(d_queries, rounded_up(sizes_.queries, kLowTileRows) * query_step_, T(0));
     T *weights = state.weights.get(), *d_scores = state.d_scores.get();
     T *d_keys = state.d_keys.get(), *d_values = state.d_values.get();
     for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
@@ -243,20 +246,27 @@ class BackwardHead {
 
   // First partial sum += the given one.
   void add_partial(int64_t query_block, int64_t partial_sum) {
-    const int64_t first = query_block * kQueryBlock * step_;
+    const int64_t first = query_block * kQueryBlock * query_step_;
     T* sum = partial(0) + first;
     const T* addend = partial(partial_sum) + first;
     const int64_t rows = Range::block(query_block, kQueryBlock, sizes_.queries).count;
-    for (int64_t i = 0; i < rows * step_; ++i) sum[i] += addend[i];
+    for (int64_t i = 0; i < rows * query_step_; ++i) sum[i] += addend[i];
   }
 
   void write_queries(int64_t query_block) const {
     const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
-    write(gradients_.q, queries, partial(0) + queries.first * step_, step_, sizes_.head_dim, static_cast<T>(in_.scale));
+    T* rows = partial(0) + queries.first * query_step_;
+    const MeanRow<T> mean_key(key_sums_.get(), blocks(sizes_.keys, kBackwardKeys), step_, sizes_.keys, sizes_.head_dim);
+    for (int64_t i = 0; i < queries.count; ++i) {
+      T* row = rows + i * query_step_;
+      mean_key.take(row[sizes_.head_dim], row);
+    }
+    write(gradients_.q, queries, rows, query_step_, sizes_.head_dim, static_cast<T>(in_.scale));
   }
 
  private:
-  T* partial(int64_t index) const { return d_queries_.get() + index * padded_queries_ * step_; }
+  // Gradients of the queries, and behind each the sum of its d_s.
+  T* partial(int64_t index) const { return d_queries_.get() + index * padded_queries_ * query_step_; }
 
   void load_statistics(const Range& queries) {
     const auto d_out = matrix_of<const X>(d_out_, batch_, head_), out = matrix_of<const X>(saved_.out, batch_, head_);
@@ -323,7 +333,9 @@ class BackwardHead {
                                                        AddTo<T>{d_keys, step_});
     multiply_block<T, score_step<T, kBackwardKeys>, 1>(d_scores, queries.count, key_rows_.get() + keys.first * width,
                                                        sizes_.keys * width, keys.count, sizes_.head_dim,
-                                                       AddTo<T>{d_queries + queries.first * step_, step_});
+                                                       AddTo<T>{d_queries + queries.first * query_step_, query_step_});
+    add_row_sums<T>(d_scores, queries.count, keys.count, d_queries + queries.first * query_step_ + sizes_.head_dim,
+                    query_step_);
   }
 
   void write(const TensorView& gradient, const Range& range, const T* rows, int64_t step, int64_t channels,
@@ -340,10 +352,11 @@ class BackwardHead {
   const LatentGradients& gradients_;
   const Sizes sizes_;
   int64_t batch_ = 0, head_ = 0;
-  const int64_t step_, step_v_, padded_queries_;
+  const int64_t query_step_, step_, step_v_, padded_queries_;
   // The operands with channels as depth (k, v, q, d_out), and those with channels as columns (k, q, d_out).
   AlignedBuffer<T> key_columns_, value_columns_, key_rows_, queries_, d_outs_, query_rows_, d_out_rows_;
   AlignedBuffer<T> reference_, delta_;
+  AlignedBuffer<T> key_sums_;  // of each block of keys
   AlignedBuffer<T> d_queries_;
 };
 

@@ -83,7 +83,8 @@ class PackedKeys {
         columns_(sizes.channels * step_),
         rows_(by_rows ? sizes.keys * rounded_up(sizes.channels, tile_width<T>) : 0),
         tables_(sizes.positions * step_),
-        bias_(step_) {}
+        bias_(step_),
+        row_sums_(rounded_up(sizes.channels, tile_width<T>)) {}
 
   void pack(int64_t batch, int64_t head) {
     constexpr int width = tile_width<T>;
@@ -102,7 +103,12 @@ class PackedKeys {
       std::fill_n(bias_.get(), keys, T(0));
     }
     std::fill_n(bias_.get() + keys, step_ - keys, -std::numeric_limits<T>::infinity());
+    attended_ = keys - std::count(bias_.get(), bias_.get() + keys, -std::numeric_limits<T>::infinity());
+    sum_rows(Matrix<const T>{form, 1, keys}, keys, channels, row_sums_.get());
   }
+
+  // Of the keys' data channels, over those that are attended to: the others have zeros.
+  MeanRow<T> mean_row() const { return {row_sums_.get(), 1, 0, attended_, sizes_.channels}; }
 
   const T* columns(int64_t key) const { return columns_.get() + key * sizes_.channels; }
   const T* rows(int64_t key) const { return rows_.get() + key * tile_width<T>; }
@@ -118,7 +124,8 @@ class PackedKeys {
   const QuerySizes& sizes_;
   const bool by_rows_;
   const int64_t step_;
-  AlignedBuffer<T> columns_, rows_, tables_, bias_;
+  int64_t attended_ = 0;
+  AlignedBuffer<T> columns_, rows_, tables_, bias_, row_sums_;
 };
 
 // The sums of the outer axes' tables for each outer position of a block of queries, of a block of up to Keys keys.
@@ -420,6 +427,8 @@ class Backward {
     AlignedBuffer<T> d_out_columns, d_out_rows, data_rows;
     AlignedBuffer<T> d_data, d_outer;
     alignas(64) T reference[kQueryBlock], delta[kQueryBlock], d_factors[kQueryBlock];
+    // Of one head: the sums of d_s, and the means of what the factors multiply.
+    T rests[kQueryBlock], mean_sums[kQueryBlock];
 
     explicit State(const QuerySizes& sizes)
         : data_step(rounded_up(sizes.channels, tile_width<T>)),
@@ -517,6 +526,7 @@ class Backward {
                                       AddTo<T>{state.d_data.get(), state.data_step});
         }
       }
+      if (needs_queries()) take_rests(block, packed.mean_row(), state);
     }
     if (needs_queries()) write_queries(batch, block, state);
   }
@@ -544,6 +554,8 @@ class Backward {
     pack_queries<T>(d_out, queries.count, sizes_.head_dim_v, T(1), state.d_out_columns.get());
     pack_panels<T>(d_out, queries.count, sizes_.head_dim_v, width, kQueryBlock * width, state.d_out_rows.get());
     const T* lse = saved_.lse.template as<const T>() + (batch * sizes_.heads + head) * sizes_.queries() + queries.first;
+    std::fill_n(state.rests, kQueryBlock, T(0));
+    std::fill_n(state.mean_sums, kQueryBlock, T(0));
     for (int64_t i = 0; i < queries.count; ++i) {
       Vec<T> sum = {};
       for (int64_t c = 0; c < sizes_.head_dim_v; c += Simd<T>::lanes) {
@@ -584,7 +596,7 @@ class Backward {
       T *weights = state.weights.get() + i * kStep, *d_scores = state.d_scores.get() + i * kStep;
       const Vec<T> factor = broadcast(static_cast<T>(kLog2E * state.queries.r(i)));
       const Vec<T> reference = broadcast(state.reference[i]), delta = broadcast(state.delta[i]);
-      Vec<T> d_factor = {};
+      Vec<T> d_factor = {}, rest = {}, mean_sum = {};
       PK_UNROLL
       for (int64_t j = 0; j < count; j += Simd<T>::lanes) {
         Vec<T> sum = load(column + j) + load(outer + j);
@@ -594,9 +606,22 @@ class Backward {
         store<T>(weights + j, p * keeps);
         store<T>(d_scores + j, d_score);
         // A score of -inf weighs nothing, whatever it is multiplied with.
-        d_factor += p == Vec<T>{} ? Vec<T>{} : d_score * sum;
+        sum = p == Vec<T>{} ? Vec<T>{} : sum;
+        d_factor += d_score * sum;
+        rest += d_score;
+        mean_sum += p * sum;
       }
       state.d_factors[i] += lane_sum<T>(d_factor);
+      state.rests[i] += lane_sum<T>(rest);
+      state.mean_sums[i] += lane_sum<T>(mean_sum);
+    }
+  }
+
+  // Takes off what rounding left of the sums of a head's d_s (attention_blocks.h), times what its keys have in common.
+  static void take_rests(const QueryBlock& block, const MeanRow<T>& mean_key, State& state) {
+    for (int64_t i = 0; i < block.count(); ++i) {
+      state.d_factors[i] -= state.rests[i] * state.mean_sums[i];
+      mean_key.take(state.rests[i], state.d_data.get() + i * state.data_step);
     }
   }
 

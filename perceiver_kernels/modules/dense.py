@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_kernels.backends import native
-from perceiver_kernels.ops import centring
+from perceiver_kernels.backends import centring, native
 from perceiver_kernels.ops.cross_attention import MAX_HEAD_DIM, cross_attention
 
 # From how many rows (queries, in all heads that share their keys) and multiply-adds on ours is not slower on a CPU:
@@ -103,7 +102,7 @@ def attend_by_torch(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, dropout_p: float
 ) -> Tensor:
     """The same by torch's attention."""
-    keys = centring.centred_for_gradients(query, keys, mask)
+    keys = centring.centred_for_backward(query, keys, mask)
     if mask is None:
         return F.scaled_dot_product_attention(query, keys, values, dropout_p=dropout_p, scale=scale)
     all_masked = ~mask.any(dim=-1)[:, None, None, None]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels.backends import centring
 from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.modules.dense import Sizes, torch_reason
-from perceiver_kernels.ops import centring
 from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, attend_to_grid
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
@@ -243,7 +243,7 @@ def _absorbed_by_torch(
     if kv_bias is not None:  # a channel of ones sums the weights: 0 for masked rows, and not 1 under dropout
         normed, absorbed = F.pad(normed, (0, 1), value=1.0), F.pad(absorbed, (0, 1))
     shared = normed[:, None]
-    keys = centring.centred_for_gradients(absorbed, shared, None if mask is None else mask.flatten(1))
+    keys = centring.centred_for_backward(absorbed, shared, None if mask is None else mask.flatten(1))
     keys, shared = (tensor.expand(-1, heads, -1, -1) for tensor in (keys, shared))
     allowed = None if mask is None else mask.flatten(1)[:, None, None]
     weighted = F.scaled_dot_product_attention(absorbed, keys, shared, allowed, dropout_p, scale=scale)

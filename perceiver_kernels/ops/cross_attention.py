@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native
+from perceiver_kernels.backends import centring, native
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import cross_attention as reference
-from perceiver_kernels.ops import centring
 from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
@@ -142,7 +141,6 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if d_out is None:
         return (None,) * 7
     q, k, v, mask, random, out, lse = ctx.saved_tensors
-    k, lse = centring.centred(q, k, lse, mask, ctx.scale)
     d_q, d_k, d_v = torch.ops.perceiver_kernels.cross_attention_bwd(
         q, k, v, mask, random, ctx.scale, ctx.dropout_p, out, lse, d_out
     )

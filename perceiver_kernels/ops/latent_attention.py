@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native, torch_attention
+from perceiver_kernels.backends import centring, native, torch_attention
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import latent_attention as reference
 from perceiver_kernels.backends.triton import runtime
-from perceiver_kernels.ops import centring
 from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
 from perceiver_kernels.ops.dropout import seed_number, seed_tensor
 from perceiver_kernels.ops.registration import define, register_pair
@@ -188,7 +187,6 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if d_out is None:
         return (None,) * 6
     q, k, v, random, out, lse = ctx.saved_tensors
-    k, lse = centring.centred(q, k, lse, None, ctx.scale)
     d_q, d_k, d_v = torch.ops.perceiver_kernels.latent_attention_bwd(
         q, k, v, random, ctx.scale, ctx.dropout_p, out, lse, d_out
     )

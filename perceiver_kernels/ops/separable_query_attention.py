@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels import dispatch
-from perceiver_kernels.backends import native
+from perceiver_kernels.backends import centring, native
 from perceiver_kernels.backends.layout import rows_first
 from perceiver_kernels.backends.reference import separable_query_attention as reference
 from perceiver_kernels.ops.declarations import GPU_DTYPES, declare_gpu, declare_native, declare_reference
@@ -315,12 +315,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     if d_out is None:
         return (None,) * 9
-    *inputs, out, lse = ctx.saved_tensors
-    results = torch.ops.perceiver_kernels.separable_query_attention_bwd(
-        *inputs, ctx.grid, ctx.dropout_p, out, lse, d_out, *ctx.needs
+    form, v, h, x, r, mask, random, out, lse = ctx.saved_tensors
+    d_form, d_v, d_h, d_x, d_r = torch.ops.perceiver_kernels.separable_query_attention_bwd(
+        form, v, h, x, r, mask, random, ctx.grid, ctx.dropout_p, out, lse, d_out, *ctx.needs
     )
-    gradients = (result if needed else None for result, needed in zip(results, ctx.needs, strict=True))
-    return (*gradients, None, None, None, None)
+    if ctx.needs[0]:
+        d_form = centring.without_mean(d_form, mask, 3)
+    if ctx.needs[2]:
+        d_h = centring.without_mean(d_h, mask, 2)
+    gradients = (d_form, d_v, d_h, d_x, d_r)
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True))
+    return (*wanted, None, None, None, None)
 
 
 register_pair(OP, (_fwd, _bwd), (_fwd_fake, _bwd_fake), _setup_context, _backward)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from perceiver_kernels.backends.reference.attention import kept, over_batch, softmax
+from perceiver_kernels.backends.reference.attention import balanced, kept, over_batch, softmax
 from perceiver_kernels.backends.reference.fourier_encode import point_features
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -84,7 +84,7 @@ def absorbed_attention_bwd(
 
     u = d_acc @ z.transpose(1, 2)
     delta = (d_acc * acc).sum(-1) + d_total * total - d_lse.to(a.dtype)
-    d_scores = p * (keep * (r * u + d_total[..., None]) - delta[..., None])
+    d_scores = balanced(p * (keep * (r * u + d_total[..., None]) - delta[..., None]), p, d_lse.to(a.dtype)[..., None])
     if mask is not None:
         d_scores = d_scores.masked_fill(~mask[:, None], 0.0)
     needs_a, needs_x = needs

@@ -21,6 +21,11 @@ def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return lse, scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0)
 
 
+def balanced(d_scores: Tensor, p: Tensor, total: Tensor | float = 0.0) -> Tensor:
+    """Gradients of scores whose rows sum to `total`, but for rounding, without what that has left (centring.py)."""
+    return d_scores - (d_scores.sum(-1, keepdim=True) - total) * p
+
+
 def kept(p: Tensor, dropout_p: float, seed: int, batch: int | None = None) -> Tensor:
     """What dropout multiplies the weights (batch, ..., tokens) with; a row of its generator counts all that is between.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.layout import with_rows_first
-from perceiver_kernels.backends.reference.attention import computed, kept, softmax
+from perceiver_kernels.backends.reference.attention import balanced, computed, kept, softmax
 
 
 def _masked(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def cross_attention_bwd(
     _, p = _weights(q, k, mask, scale)
     keep = kept(p, dropout_p, seed)
     delta = (d_out * out).sum(-1, keepdim=True)
-    d_scores = scale * p * (keep * (d_out @ v.transpose(2, 3)) - delta)
+    d_scores = scale * balanced(p * (keep * (d_out @ v.transpose(2, 3)) - delta), p)
     d_k, d_v = d_scores.transpose(2, 3) @ q, (p * keep).transpose(2, 3) @ d_out
     if mask is not None:
         d_scores = d_scores.masked_fill(~mask[:, None, None], 0.0)

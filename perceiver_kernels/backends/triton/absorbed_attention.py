@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends import centring
+from perceiver_kernels.backends.reference.attention import over_batch
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.dense_attention import (
     Limits,
@@ -248,12 +250,13 @@ def absorbed_attention_bwd_rows_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, TAIL: tl.constexpr, WAVE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """d_a of a block of rows from a part of the tokens: sum over m of r dS[i, m] z_m."""
+    """d_a of a block of rows from a part of the tokens: sum over m of r dS[i, m] z_m; that of dS as a last channel."""
     DATA: tl.constexpr = CHANNELS + AXES
     FORM: tl.constexpr = DATA + WAVES + COSINES
     batch, _, row, inside = program(rows, 1, ROWS)
     a_rows, d_rows = a + batch * a_batch + row * FORM, d_acc + (batch * rows + row) * FORM
     point, factor, d, d_t = load_state(reference, correction, delta, d_total, batch * rows + row, inside)
+    rest = tl.zeros((ROWS,), tl.float32)
     acc, acc_tail, acc_sine, acc_cosine = no_sums(ROWS, WIDTH, TAIL, WAVE_WIDTH)
     begin, end = part_of(tokens, step)
     for first in range(begin, end, COLUMNS):
@@ -269,13 +272,16 @@ def absorbed_attention_bwd_rows_kernel(
         d_p = u * r[None, :] + d_t[:, None]
         if DROPOUT:
             d_p *= keep_scales(seed, batch, row[:, None], token[None, :], threshold, keep_scale)
-        d_s = tl.where(attend[None, :], p * (d_p - d[:, None]) * r[None, :], 0.0)
+        d_s = tl.where(attend[None, :], p * (d_p - d[:, None]), 0.0)
+        rest += tl.sum(d_s, 1)
+        d_s *= r[None, :]
         acc, acc_tail, acc_sine, acc_cosine = add_weighted(
             d_s, data, tail, sine, cosine, acc, acc_tail, acc_sine, acc_cosine, TAIL, WAVES, COSINES, PRECISION
         )
 
-    results = at_results(d_a, batch, 0, row, rows, 1, size, FORM)
+    results = at_results(d_a, batch, 0, row, rows, 1, size, FORM + 1)
     store_sums(results, inside, acc, acc_tail, acc_sine, acc_cosine, DATA, WAVES, COSINES)
+    tl.store(results + FORM, rest, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -483,13 +489,15 @@ def absorbed_attention_bwd(
     state = (context.ordered(d_acc), *_reference_points(lse), delta, d_total.contiguous())
 
     def run_rows(sizes: Tiles) -> Tensor:
-        d_a = a.new_empty(sizes.parts, batch, rows, context.channels)
+        sums = a.new_empty(sizes.parts, batch, rows, context.channels + 1)
         absorbed_attention_bwd_rows_kernel[(batch * triton.cdiv(rows, sizes.rows), sizes.parts)](
-            *context.tensors, *state, d_a, *context.strides,
+            *context.tensors, *state, sums, *context.strides,
             rows, tokens, step_of(tokens, sizes), batch * rows, *context.numbers,
             ROWS=sizes.rows, COLUMNS=sizes.columns, num_warps=sizes.warps, num_stages=sizes.stages, **context.options,
         )  # fmt: skip
-        return d_a.sum((0, 1))[None] if a.shape[0] == 1 else d_a.sum(0)
+        d_a, d_lse = sums.sum(0).split([context.channels, 1], 2)
+        rest = d_lse[..., 0] - upstream[1]
+        return over_batch(centring.without_rest(context.restored(d_a), rest, acc, total), a)
 
     def run_tokens(sizes: Tiles) -> Tensor:
         assert x is not None
@@ -509,7 +517,7 @@ def absorbed_attention_bwd(
             most = limits("bwd_rows", context.width)
             default = choose_tiles(rows, tokens, batch, context.width, most, a.device)
             chosen = tiles.choose("absorbed_attention_bwd_rows_kernel", problem, default, candidates(default), run_rows)
-            d_a = context.restored(run_rows(chosen))
+            d_a = run_rows(chosen)
     if needs_x and x is not None:
         d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
         if d_x.numel():

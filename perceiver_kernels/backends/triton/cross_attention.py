@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perceiver_kernels.backends.centring import mean_over_keys
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.dense_attention import (
     Limits,
@@ -126,14 +127,17 @@ def cross_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def cross_attention_bwd_rows_kernel(
-    q, k, v, mask, out, lse, d_out, delta, d_q,
+    q, k, v, mask, out, lse, d_out, delta, d_q, rests,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel,
     out_batch, out_head, out_row, out_channel, d_batch, d_head, d_row, d_channel,
     mask_batch, mask_row, heads, queries, keys, step, size, scale, d_scale, seed, threshold, keep_scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """d_q of a block of queries from a part of the keys, sum over m of dS[i, m] k_m; delta for the keys' kernel."""
+    """d_q of a block of queries from a part of the keys, sum over m of dS[i, m] k_m, and that of dS, in float32.
+
+    And delta for the keys' kernel.
+    """
     batch, head, query, query_inside = program(queries, heads, ROWS)
     q_rows = at_rows(q, batch, head, query, q_batch, q_head, q_row)
     d_rows = at_rows(d_out, batch, head, query, d_batch, d_head, d_row)
@@ -147,6 +151,8 @@ def cross_attention_bwd_rows_kernel(
         d += tl.sum(out_tile * load_tile(d_rows, query_inside, first, d_channel, HEAD_DIM_V, CHUNK), 1)
     tl.store(delta + at, d, mask=query_inside & (tl.program_id(1) + tl.program_id(2) == 0))
 
+    WIDE: tl.constexpr = k.dtype.element_ty == tl.float32
+    rest = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     if TAIL:
         acc_tail = tl.zeros((ROWS, TAIL), tl.float32)
@@ -163,6 +169,8 @@ def cross_attention_bwd_rows_kernel(
             u *= keep_scales(seed, batch, row[:, None], key[None, :], threshold, keep_scale)
         d_s = tl.exp2(s * scale - reference[:, None]) * (u - d[:, None])
         d_s = tl.where(attend[None, :], d_s, 0.0).to(k.dtype.element_ty)
+        if WIDE:
+            rest += tl.sum(d_s, 1)
         k_tile = load_tile(k_rows, attend, channel, k_channel, HEAD_DIM, WIDTH)
         acc = tl.dot(d_s, k_tile, acc, input_precision=PRECISION)
         if TAIL:
@@ -173,6 +181,9 @@ def cross_attention_bwd_rows_kernel(
     store_tile(results, query_inside, channel, acc * d_scale, HEAD_DIM, WIDTH)
     if TAIL:
         store_tile(results, query_inside, channel + WIDTH, acc_tail * d_scale, HEAD_DIM, TAIL)
+    if WIDE:
+        rests += tl.program_id(1).to(tl.int64) * size + at
+        tl.store(rests, rest * d_scale, mask=query_inside & (tl.program_id(2) == 0))
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -330,7 +341,7 @@ def cross_attention_bwd(
     if not q.numel() or not k.numel():
         d_q, d_k, d_v = (_results(t, 1, t.shape[2], t.shape[3]).zero_() for t in (q, k, v))
         return summed(d_q, q.dtype), summed(d_k, q.dtype), summed(d_v, q.dtype)
-    delta = torch.empty_like(lse)
+    delta, attended_keys = torch.empty_like(lse), mask
     mask, *mask_strides = mask_arguments(mask)
     strides = (*q.stride(), *k.stride(), *v.stride())
     numbers = (scale * LOG2E.value, scale, seed, threshold(dropout_p), 1 / (1 - dropout_p))
@@ -338,16 +349,19 @@ def cross_attention_bwd(
     options, problem = _options(q, v, dropout_p, most), _problem(q, v)
 
     def run_rows(sizes: Tiles) -> Tensor:
-        d_q = _results(q, sizes.parts, queries, head_dim)
+        d_q, rests = _results(q, sizes.parts, queries, head_dim), lse.new_empty(sizes.parts, *lse.shape)
         grid = (batch * heads * triton.cdiv(queries, sizes.rows), sizes.parts, channels.count)
         cross_attention_bwd_rows_kernel[grid](
-            q, k, v, mask, out, lse, d_out, delta, d_q, *strides, *out.stride(), *d_out.stride(), *mask_strides,
+            q, k, v, mask, out, lse, d_out, delta, d_q, rests, *strides, *out.stride(), *d_out.stride(), *mask_strides,
             heads, queries, keys, step_of(keys, sizes), lse.numel(), *numbers,
             ROWS=sizes.rows, COLUMNS=sizes.columns, WIDTH=channels.width, TAIL=channels.tail,
             num_warps=sizes.warps, num_stages=sizes.stages, **options,
         )  # fmt: skip
+        if q.dtype == torch.float32:
+            return summed(d_q, q.dtype) - rests.sum(0)[..., None] * mean_key
         return summed(d_q, q.dtype)
 
+    mean_key = mean_over_keys(k.contiguous(), attended_keys)
     channels = share(head_dim, most.channels)
     width = channels.width + channels.tail
     default = choose_tiles(queries, keys, batch * heads * channels.count, width, most, q.device)
