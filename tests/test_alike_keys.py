@@ -16,7 +16,7 @@ from torch import Tensor
 
 import perceiver_kernels as pk
 from perceiver_kernels.modules import dense
-from perceiver_kernels.modules.folding import absorbed_cross_attention
+from perceiver_kernels.modules.segments import KeysAndValues, segmented_cross_attention
 from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 
 HEAD_DIM, KEYS, QUERIES, GRID = 24, 150, 70, (7, 10)
@@ -137,10 +137,10 @@ def test_cross_attention_in_the_context_s_channels(few: bool, masked: bool) -> N
     kv_weight, kv_bias = rand(2 * HEAD_DIM, 512, seed=4).float() / 512**0.5, rand(2 * HEAD_DIM, seed=5).float()
 
     def ours(query: Tensor, weight: Tensor) -> Tensor:
-        return absorbed_cross_attention(
-            query, context.to(query.dtype), mask, heads=1, scale=1.0, norm_weight=None, norm_bias=None, eps=None,
-            kv_weight=weight, kv_bias=kv_bias.to(query.dtype),
-        )  # fmt: skip
+        weights, biases = weight.chunk(2), kv_bias.to(query.dtype).chunk(2)
+        projections = KeysAndValues(weights[0], biases[0], weights[1], biases[1])
+        tokens = [context.to(query.dtype)]
+        return segmented_cross_attention(query, tokens, mask, projections, heads=1, scale=1.0)
 
     def formula(query: Tensor, weight: Tensor) -> Tensor:
         k, v = torch.nn.functional.linear(context.to(query.dtype), weight, kv_bias.to(query.dtype)).chunk(2, -1)

@@ -168,6 +168,12 @@ def test_no_trace_of_flash_attn_remains() -> None:
     assert importlib.util.find_spec("flash_attn") is None
 
 
+def test_stand_ins_can_be_looked_for() -> None:
+    with without_flash_attn():
+        assert importlib.util.find_spec("flash_attn") is not None
+        assert importlib.util.find_spec("flash_attn.modules.mha") is not None
+
+
 def test_wrapped_layers_are_left() -> None:
     class Adapter(nn.Linear):
         pass

@@ -145,6 +145,17 @@ def test_same_results_and_gradients(name: str, masked: bool) -> None:
     )
 
 
+def test_pixels_of_lower_precision_than_the_model() -> None:
+    """Both concatenate pixels with positions in float32."""
+    original, ours = make("image").float(), make("image").float()
+    accelerate(ours)
+    pixels = make_input("image").half()
+    torch.testing.assert_close(ours(pixels), original(pixels))
+    adapter = "encoder.input_adapter"
+    theirs = original.get_submodule(adapter)(pixels)
+    torch.testing.assert_close(torch.as_tensor(ours.get_submodule(adapter)(pixels).materialize()), theirs)
+
+
 @pytest.mark.parametrize("name", ["image", "flow"])
 def test_positions_are_not_written_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from perceiver.model.core.position import FourierPositionEncoding

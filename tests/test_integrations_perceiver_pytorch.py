@@ -361,6 +361,19 @@ def test_bad_input() -> None:
         model(torch.zeros(BATCH, 4, 5, 4))
 
 
+def test_a_layer_replaced_after_accelerating_is_the_originals_matter() -> None:
+    model = make("perceiver")
+    accelerate(model)
+    model.layers[0] = nn.Identity()
+    original = pk.restore(copy.deepcopy(model))
+    errors = []
+    for each in (model, original):
+        with pytest.raises(Exception) as error:  # whichever it is
+            each(torch.zeros(BATCH, 4, 5, 3))
+        errors.append((type(error.value), str(error.value)))
+    assert errors[0] == errors[1]
+
+
 def test_no_tokens() -> None:
     model = make("perceiver").double()
     data = torch.zeros(BATCH, 0, 5, 3, dtype=torch.float64)

@@ -396,8 +396,9 @@ def test_wrapped_layers_are_left_alone() -> None:
         f"{decoder}.mlp",
     }
     assert decoder not in report.swapped and cross in report.swapped
-    assert "query is a test_integrations_transformers.LowRank, not a plain Linear" in report.left[f"{cross}.attention"]
-    assert "dense1 has hooks" in report.left[f"{decoder}.mlp"]
+    asked = "must be Linear, not wrapped, and without hooks"
+    assert report.left[f"{cross}.attention"] == f"query is LowRank, {asked}"
+    assert report.left[f"{decoder}.mlp"] == f"dense1 is Linear, {asked}"
     compare("fourier", model)
 
 

@@ -409,18 +409,24 @@ def test_geglu_is_exact() -> None:
     torch.testing.assert_close(module(latents), module.fn.net[2](values * F.gelu(gates, approximate="none")))
 
 
-def test_values_of_another_width() -> None:
-    """Keys and values are built where their widths differ; the attention is the formula's."""
-    torch.manual_seed(0)
-    cross = CrossAttention(12, 9, heads=2, head_dim=3, head_dim_v=5, qkv_bias=True).double()
-    latents, context = torch.randn(2, 4, 12).double(), torch.randn(2, 7, 9).double()
-    assert "no, head_dim_v is not head_dim" in cross.explain(latents, context)
-    within = SelfAttention(12, heads=2, head_dim=3, head_dim_v=5).double()
-    for module, tokens in ((cross, context), (within, latents)):
-        attention = module.fn
-        normed = module.norm(latents)
-        other = cross.norm_context(context) if module is cross else normed
-        q, (k, v) = attention.to_q(normed), attention.to_kv(other).split((6, 10), -1)
-        q, k, v = (tensor.unflatten(-1, (2, -1)).transpose(1, 2) for tensor in (q, k, v))
-        expected = attention.to_out(((q @ k.mT * 3**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(module(latents, tokens) if module is cross else module(latents), expected)
+@pytest.mark.parametrize("inverted", [False, True])
+def test_values_of_another_width(path: str, inverted: bool) -> None:
+    module = make_module(head_dim_v=7, qkv_bias=True).double()
+    latents, data = make_inputs()
+    attention, tokens = module.fn, module.norm_context(dense_tokens(data))
+    k, v = attention.to_kv(tokens).split((10, 14), -1)
+    q, k, v = (tensor.unflatten(-1, (2, -1)).transpose(1, 2) for tensor in (attention.to_q(module.norm(latents)), k, v))
+    weights = (q @ k.mT * 5**-0.5).softmax(-2 if inverted else -1)
+    weights = F.normalize(weights, p=1.0, dim=-1)
+    expected = attention.to_out((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(latents, data, grid=GRID, inverted=inverted), expected)
+
+
+def test_self_attention_with_values_of_another_width() -> None:
+    module = SelfAttention(12, heads=2, head_dim=3, head_dim_v=5).double()
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    normed = module.norm(x)
+    q, (k, v) = module.fn.to_q(normed), module.fn.to_kv(normed).split((6, 10), -1)
+    q, k, v = (tensor.unflatten(-1, (2, -1)).transpose(1, 2) for tensor in (q, k, v))
+    expected = module.fn.to_out(((q @ k.mT * 3**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), expected)

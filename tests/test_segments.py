@@ -106,6 +106,40 @@ def test_materialize() -> None:
     )
 
 
+def test_one_segment_needs_no_sequence() -> None:
+    module = make_module().double()
+    latents, video = torch.randn(2, 6, 10, dtype=torch.float64), segments(*make_inputs())[0]
+    torch.testing.assert_close(module(latents, video), module(latents, video.materialize()))
+    assert module.explain(latents, video) == "path: segments, merged\n  context[0], (2, 24, 22): separable"
+
+
+def test_explain_names_the_path_of_each_segment() -> None:
+    module, (video, audio, tokens) = make_module(), segments(*make_inputs())
+    text = module.explain(torch.randn(2, 6, 10), [video, tokens]).split("\n")
+    assert text == [
+        "path: segments, merged",
+        "  context[0], (2, 24, 22): separable",
+        "  context[1], (2, 5, 22): absorbed",
+    ]
+    module.fn.to_kv.register_forward_hook(lambda *_: None)
+    assert "to_kv or norm_context has been replaced or hooked into" in module.explain(torch.randn(2, 6, 10), [audio])
+
+
+def test_padded_again() -> None:
+    video = segments(*make_inputs())[0]
+    again = video.padded(torch.ones(2, dtype=torch.float64))
+    assert isinstance(again, GridTokens)
+    expected = torch.cat((video.materialize(), torch.ones(2, 24, 2)), 2)
+    torch.testing.assert_close(again.materialize(), expected)
+
+
+def test_values_of_another_width() -> None:
+    module, inputs = make_module(head_dim_v=8).double(), make_inputs()
+    latents = torch.randn(2, 6, 10, dtype=torch.float64)
+    written = module(latents, written_out(*inputs))
+    torch.testing.assert_close(module(latents, segments(*inputs)), written)
+
+
 def test_order_does_not_matter() -> None:
     module, inputs = make_module().double(), make_inputs()
     latents = torch.randn(2, 6, 10, dtype=torch.float64)
@@ -186,7 +220,7 @@ def test_bad_input(make: Callable[[], Any], message: str) -> None:
 
 def test_bad_grid_and_mask() -> None:
     module, parts, latents = make_module(), [torch.randn(2, 5, CHANNELS)], torch.randn(2, 6, 10)
-    with pytest.raises(ValueError, match="grid is given, must be None for a sequence of segments"):
+    with pytest.raises(ValueError, match="grid is given, must be None for segments"):
         module(latents, parts, grid=AUDIO)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 6\), but must be \(2, 5\)"):
         module(latents, parts, mask=torch.ones(2, 6, dtype=torch.bool))

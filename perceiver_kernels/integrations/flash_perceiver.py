@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from torch import nn
@@ -42,6 +43,7 @@ def without_flash_attn() -> Iterator[None]:
     modules = {name: ModuleType(name) for name in _STAND_INS}
     for name, contents in _STAND_INS.items():
         vars(modules[name]).update({each: getattr(flash_attn_stand_ins, each) for each in contents})
+        modules[name].__spec__ = ModuleSpec(name, None)  # others ask for it to see what is installed
     sys.modules.update(modules)
     try:
         yield

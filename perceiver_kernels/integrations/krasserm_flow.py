@@ -10,7 +10,7 @@ from typing import Any
 from perceiver.model.vision.optical_flow.backend import OpticalFlowInputAdapter
 from torch import Tensor
 
-from perceiver_kernels.integrations.krasserm_perceiver_io import grid_of, tokens_on_grid
+from perceiver_kernels.integrations.krasserm_perceiver_io import tokens_on_grid
 from perceiver_kernels.integrations.swap import Accelerated
 
 
@@ -21,4 +21,4 @@ class FlowAdapter(OpticalFlowInputAdapter, Accelerated):
         if x.ndim != 5 or tuple(x.shape[3:]) != tuple(self.position_encoding.input_shape):
             return super().forward(x)
         frames = x.permute(0, 3, 4, 1, 2).flatten(3)
-        return tokens_on_grid(grid_of(self.position_encoding), self.linear(frames))
+        return tokens_on_grid(self.position_encoding, self.linear(frames))

@@ -10,7 +10,7 @@ from typing import Any
 from perceiver.model.vision.image_classifier.backend import ImageInputAdapter
 from torch import Tensor
 
-from perceiver_kernels.integrations.krasserm_perceiver_io import grid_of, tokens_on_grid
+from perceiver_kernels.integrations.krasserm_perceiver_io import tokens_on_grid
 from perceiver_kernels.integrations.swap import Accelerated
 
 
@@ -20,4 +20,4 @@ class ImageAdapter(ImageInputAdapter, Accelerated):
     def forward(self, x: Tensor) -> Any:
         if tuple(x.shape[1:]) != tuple(self.image_shape) or not x.is_floating_point():
             return super().forward(x)
-        return tokens_on_grid(grid_of(self.position_encoding), x)
+        return tokens_on_grid(self.position_encoding, x)

@@ -19,6 +19,7 @@ from perceiver.model.core.utils import ModuleOutput
 from torch import Tensor, nn
 
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.integrations.cross_attention import Maps, attend_to
 from perceiver_kernels.integrations.parts import Part, all_stock, obstacle, pre_norm_mlp
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
 from perceiver_kernels.integrations.unbuilt import Unbuilt, built
@@ -28,10 +29,8 @@ from perceiver_kernels.modules.decoder import (
     QueryProjection,
     separable_query_cross_attention,
 )
-from perceiver_kernels.modules.dense import attend
-from perceiver_kernels.modules.folding import choose_path
 from perceiver_kernels.modules.projection import project
-from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
+from perceiver_kernels.modules.segments import GridTokens
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -78,7 +77,7 @@ class CrossAttention(theirs.CrossAttention, Accelerated):
             QueryProjection(attention.q_proj.weight, attention.q_proj.bias, norm.weight, norm.bias, norm.eps),
             OutputProjection(attention.o_proj.weight, attention.o_proj.bias),
             heads=attention.num_heads,
-            dropout_p=_dropout_p(attention),
+            dropout_p=_maps(attention, None).dropout_p,
         )
 
 
@@ -133,54 +132,17 @@ def _attend(
     if pad_mask is not None:
         all_pads = pad_mask.all(dim=1, keepdim=True)
         query, mask = query.masked_fill(all_pads[..., None], 0.0), ~pad_mask | all_pads
-    segments = cast(tuple[Segment, ...], tokens.segments if isinstance(tokens, Unbuilt) else (tokens,))
-    if norm is None or (len(segments) == 1 and _path(attention, query, segments[0]) == "projected"):
-        dense = built(tokens)
-        return _attend_projected(attention, query, dense if norm is None else norm(dense), mask)
-    key, value = attention.k_proj, attention.v_proj
-    projections = KeysAndValues(key.weight, key.bias, value.weight, value.bias, norm.weight, norm.bias, norm.eps)
-    return segmented_cross_attention(
-        query,
-        segments,
-        mask,
-        projections,
-        heads=attention.num_heads,
-        scale=attention.dp_scale,
-        dropout_p=_dropout_p(attention),
-    )
+    return attend_to(query, tokens, mask, _maps(attention, norm))
 
 
-def _attend_projected(attention: Any, query: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """With keys and values in memory."""
-    projected = (query, project(attention.k_proj, tokens), project(attention.v_proj, tokens))
-    q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)
-    out = attend(q, k, v, mask, scale=attention.dp_scale, dropout_p=_dropout_p(attention))
-    return out.transpose(1, 2).flatten(2)
-
-
-def _path(attention: Any, query: Tensor, segment: Segment) -> str:
-    """The cheapest path to one segment of tokens."""
-    batch, num_tokens, channels = segment.shape
-    on_grid = isinstance(segment, GridTokens)
-    return choose_path(
-        queries=query.shape[1],
-        batch=batch,
-        heads=attention.num_heads,
-        head_dim=(attention.num_qk_channels + attention.num_v_channels) // (2 * attention.num_heads),
-        data_channels=segment.data.shape[-1] if on_grid else channels,
-        grid=segment.grid if on_grid else None,
-        context_channels=channels,
-        num_tokens=num_tokens,
-    ).path
+def _maps(attention: Any, norm: nn.LayerNorm | None) -> Maps:
+    scale, dropout = attention.dp_scale, attention.dropout
+    return Maps(attention.k_proj, attention.v_proj, norm, attention.num_heads, scale, dropout)
 
 
 def _queries_on_grid(x_q: Tensor | Unbuilt) -> GridQueries | None:
     first, *others = x_q.segments if isinstance(x_q, Unbuilt) else (None,)
     return first if isinstance(first, GridQueries) and not others else None
-
-
-def _dropout_p(attention: Any) -> float:
-    return attention.dropout.p if attention.dropout.training else 0.0
 
 
 def _output(attention: Any, attended: Tensor) -> Any:
@@ -223,9 +185,10 @@ def _adapter_class(adapter: nn.Module) -> type[nn.Module] | None:
     return getattr(import_module(f"perceiver_kernels.integrations.{module}"), name) if module else None
 
 
-def tokens_on_grid(grid: FourierGrid, data: Tensor) -> Unbuilt:
+def tokens_on_grid(encoding: Any, data: Tensor) -> Unbuilt:
     """Data and the Fourier features of its positions, in place of the array of both."""
-    return Unbuilt([GridTokens(grid, data)], data.shape[0], data.device, data.dtype)
+    dtype = torch.promote_types(data.dtype, encoding.position_encoding.dtype)
+    return Unbuilt([GridTokens(grid_of(encoding), data)], data.shape[0], data.device, dtype)
 
 
 def grid_of(encoding: Any) -> FourierGrid:

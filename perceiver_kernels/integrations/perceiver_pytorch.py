@@ -242,13 +242,19 @@ class OnRawData(Perceiver):
 
     def _covers(self, data: Tensor, mask: Tensor | None) -> bool:
         return (
-            all(isinstance(cross_attn, FusedCrossAttention) for cross_attn in self._cross_attentions())
+            self._is_fused()
             and data.is_floating_point()
             and data.ndim == self.input_axis + 2
             and data.shape[-1] == self.input_channels
             and data.device == self.latents.device
             and _can_attend(data, mask)
         )
+
+    def _is_fused(self) -> bool:
+        try:
+            return all(isinstance(cross_attn, FusedCrossAttention) for cross_attn in self._cross_attentions())
+        except (AttributeError, IndexError, TypeError):  # a layer has been replaced by another kind of module
+            return False
 
     def _inverts(self) -> Sequence[bool]:
         return getattr(self, "inverted_cross_attn", (False,) * len(self.layers))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ from transformers.models.perceiver import modeling_perceiver as theirs
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from perceiver_kernels.encodings import FourierGrid
+from perceiver_kernels.integrations.cross_attention import Maps, attend_to
+from perceiver_kernels.integrations.parts import Part, obstacle
 from perceiver_kernels.integrations.swap import Accelerated, Left, Swap
-from perceiver_kernels.integrations.unbuilt import Unbuilt, built, segment_length
-from perceiver_kernels.modules import dense
+from perceiver_kernels.integrations.unbuilt import Unbuilt, built, only_segment, segment_length
 from perceiver_kernels.modules.decoder import (
     FeedForwardWeights,
     GridQueries,
@@ -25,9 +26,8 @@ from perceiver_kernels.modules.decoder import (
     QueryProjection,
     decode_streamed,
 )
-from perceiver_kernels.modules.folding import choose_path, separable_cross_attention
 from perceiver_kernels.modules.projection import is_stock, project
-from perceiver_kernels.modules.segments import GridTokens, KeysAndValues, Segment, segmented_cross_attention
+from perceiver_kernels.modules.segments import GridTokens, Segment
 from perceiver_kernels.ops.feed_forward import feed_forward
 from perceiver_kernels.ops.latent_attention import latent_attention
 
@@ -111,44 +111,36 @@ def _plan_layer(name: str, layer: Any) -> list[Swap | Left]:
 
 def _attention_obstacle(attention: Any) -> str | None:
     """Why our operators cannot stand for an attention: something in it is not as transformers made it."""
+    return obstacle(_parts_of_attention(attention))
+
+
+def _parts_of_attention(attention: Any) -> Iterator[Part]:
     inner = attention.self
+    yield Part("self", inner, theirs.PerceiverSelfAttention)
+    yield Part("output", attention.output, theirs.PerceiverSelfOutput)
+    yield Part("layernorm1", inner.layernorm1, nn.LayerNorm)
     norm = nn.Identity if type(inner.layernorm2) is nn.Identity else nn.LayerNorm
-    return (
-        _changed("self", inner, theirs.PerceiverSelfAttention)
-        or _changed("output", attention.output, theirs.PerceiverSelfOutput)
-        or _changed("layernorm1", inner.layernorm1, nn.LayerNorm)
-        or _changed("layernorm2", inner.layernorm2, norm)
-        or _changed("query", inner.query, nn.Linear)
-        or _changed("key", inner.key, nn.Linear)
-        or _changed("value", inner.value, nn.Linear)
-        or _changed("dropout", inner.dropout, nn.Dropout)
-        or _changed("output.dense", attention.output.dense, nn.Linear)
-        or _changed("attention", attention, theirs.PerceiverAttention)
-    )
+    yield Part("layernorm2", inner.layernorm2, norm)
+    for name in ("query", "key", "value"):
+        yield Part(name, getattr(inner, name), nn.Linear)
+    yield Part("dropout", inner.dropout, nn.Dropout)
+    yield Part("output.dense", attention.output.dense, nn.Linear)
+    yield Part("attention", attention, theirs.PerceiverAttention)
 
 
 def _mlp_obstacle(layer: Any) -> str | None:
     """Why our operator cannot stand for a layer's LayerNorm and MLP."""
     mlp = layer.mlp
-    obstacle = (
-        _changed("layernorm", layer.layernorm, nn.LayerNorm)
-        or _changed("mlp", mlp, theirs.PerceiverMLP)
-        or _changed("dense1", mlp.dense1, nn.Linear)
-        or _changed("dense2", mlp.dense2, nn.Linear)
+    parts = (
+        Part("layernorm", layer.layernorm, nn.LayerNorm),
+        Part("mlp", mlp, theirs.PerceiverMLP),
+        Part("dense1", mlp.dense1, nn.Linear),
+        Part("dense2", mlp.dense2, nn.Linear),
     )
-    if obstacle is None and _activation(mlp.intermediate_act_fn) is None:
+    why = obstacle(parts)
+    if why is None and _activation(mlp.intermediate_act_fn) is None:
         return f"its activation is {mlp.intermediate_act_fn}, not a GELU"
-    return obstacle
-
-
-def _changed(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
-    if type(module) is not kind:
-        return f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain {kind.__name__}"
-    if not is_stock(module, kind):
-        return f"{name} has hooks or a forward of its own"
-    if kind is nn.Linear and type(module.weight) not in (nn.Parameter, Tensor):
-        return f"the weight of {name} is a {type(module.weight).__name__}, not a plain tensor"
-    return None
+    return why
 
 
 def _activation(function: nn.Module) -> str | None:
@@ -191,68 +183,22 @@ def _attend(
 
 def _attend_among(inner: Any, x: Tensor) -> Tensor:
     """Self-attention."""
-    x = inner.layernorm1(x)
-    q, k, v = (_split_heads(project(layer, x), inner.num_heads) for layer in (inner.query, inner.key, inner.value))
-    return _merge_heads(latent_attention(q, k, v, dropout_p=_dropout_p(inner)))
+    x, maps = inner.layernorm1(x), _maps(inner)
+    q, k, v = (maps.split_heads(project(layer, x)) for layer in (inner.query, inner.key, inner.value))
+    return latent_attention(q, k, v, dropout_p=maps.dropout_p).transpose(1, 2).flatten(2)
 
 
 def _attend_to(inner: Any, x: Tensor, inputs: Tensor | Unbuilt, mask: Tensor | None) -> Tensor:
-    """Cross-attention: tokens on grids are read as they are, dense ones in their own channels if that is less work."""
+    """Cross-attention."""
     if x.shape[0] > 1 and x.stride(0) == 0:  # latents that all inputs share
         x = x[:1]
-    query = project(inner.query, inner.layernorm1(x))
-    segments = cast(tuple[Segment, ...], inputs.segments if isinstance(inputs, Unbuilt) else (inputs,))
-    path = _path(inner, x.shape[1], segments[0]) if len(segments) == 1 else "segmented"
-    if path == "projected":
-        return _attend_projected(inner, query, built(inputs), mask)
-    norm, key, value = inner.layernorm2, inner.key, inner.value
-    normed = (norm.weight, norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, None, None)
-    options: dict[str, Any] = {
-        "heads": inner.num_heads,
-        "scale": inner.qk_channels_per_head**-0.5,
-        "dropout_p": _dropout_p(inner),
-    }
-    first = segments[0]
-    alike = key.out_features == value.out_features and (key.bias is None) == (value.bias is None)
-    if path == "separable" and isinstance(first, GridTokens) and alike:
-        options |= dict(zip(("norm_weight", "norm_bias", "eps"), normed, strict=True))
-        options |= {"kv_weight": torch.cat((key.weight, value.weight)), "kv_bias": _joined(key.bias, value.bias)}
-        return separable_cross_attention(query, first.data, first.grid, mask, **options)
-    projections = KeysAndValues(key.weight, key.bias, value.weight, value.bias, *normed)
-    return segmented_cross_attention(query, segments, mask, projections, **options)
+    return attend_to(project(inner.query, inner.layernorm1(x)), inputs, mask, _maps(inner))
 
 
-def _joined(key_bias: Tensor | None, value_bias: Tensor | None) -> Tensor | None:
-    return None if key_bias is None or value_bias is None else torch.cat((key_bias, value_bias))
-
-
-def _attend_projected(inner: Any, query: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """With keys and values in memory."""
-    inputs = inner.layernorm2(inputs)
-    q, k, v = (
-        _split_heads(x, inner.num_heads) for x in (query, project(inner.key, inputs), project(inner.value, inputs))
-    )
+def _maps(inner: Any) -> Maps:
+    norm = inner.layernorm2 if isinstance(inner.layernorm2, nn.LayerNorm) else None
     scale = inner.qk_channels_per_head**-0.5
-    return _merge_heads(dense.attend(q, k, v, mask, scale=scale, dropout_p=_dropout_p(inner)))
-
-
-def _path(inner: Any, queries: int, segment: Segment) -> str:
-    """The cheapest path of a cross-attention to one segment."""
-    batch, num_tokens, channels = segment.shape
-    return choose_path(
-        queries=queries,
-        batch=batch,
-        heads=inner.num_heads,
-        head_dim=(inner.qk_channels_per_head + inner.v_channels_per_head) // 2,
-        data_channels=segment.data.shape[-1] if isinstance(segment, GridTokens) else channels,
-        grid=segment.grid if isinstance(segment, GridTokens) else None,
-        context_channels=channels,
-        num_tokens=num_tokens,
-    ).path
-
-
-def _dropout_p(inner: Any) -> float:
-    return inner.dropout.p if inner.dropout.training else 0.0
+    return Maps(inner.key, inner.value, norm, inner.num_heads, scale, inner.dropout)
 
 
 def _key_mask(mask: Tensor) -> Tensor | None:
@@ -267,14 +213,6 @@ def _key_mask(mask: Tensor) -> Tensor | None:
     allowed = keys == 0
     only_masks = (allowed | (keys == torch.finfo(mask.dtype).min)).all() & (mask == keys[:, None, None]).all()
     return allowed if only_masks & allowed.any(1).all() else None
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
 
 
 # --- preprocessors ----------------------------------------------------------------------------------------------------
@@ -324,10 +262,9 @@ class PerceiverMultimodalPreprocessor(theirs.PerceiverMultimodalPreprocessor, Ac
         padding, mask_prob = self.padding[modality][0], self.mask_probs.get(modality, 0.0)
         if modality in self.mask_probs and mask_prob == 0:  # as there, the mask's token gets gradients, all zero
             padding = padding + 0 * self.mask[modality][0, : padding.shape[0]]
-        if isinstance(tokens, Unbuilt) and mask_prob == 0:
-            segment = tokens.segments[0]
-            assert isinstance(segment, GridTokens)
-            return GridTokens(segment.grid, segment.data, padding)
+        segment = only_segment(tokens)
+        if isinstance(segment, GridTokens) and mask_prob == 0:
+            return segment.padded(padding)
         array = built(tokens)
         padded = torch.cat((array, padding.expand(*array.shape[:2], -1)), 2)
         if mask_prob == 0:
@@ -379,7 +316,7 @@ def _fourier_obstacle(positions: Any, projection: nn.Module, axes: int | None = 
         return "it projects its positions: they are taken as an array"
     if axes not in (None, len(positions.max_resolution)):
         return f"its data have {axes} axes, its positions {len(positions.max_resolution)}"
-    return _changed("position_embeddings", positions, theirs.PerceiverFourierPositionEncoding)
+    return obstacle([Part("position_embeddings", positions, theirs.PerceiverFourierPositionEncoding)])
 
 
 def _on_grid(data: Tensor, positions: Any) -> tuple[Unbuilt, Tensor]:
@@ -439,7 +376,7 @@ class PerceiverBasicDecoder(theirs.PerceiverBasicDecoder, Accelerated):
         if (
             output_attentions
             or not isinstance(query, Unbuilt)
-            or _changed("decoding_cross_attention", layer, PerceiverLayer)
+            or not is_stock(layer, PerceiverLayer)
             or _attention_obstacle(layer.attention)
             or _mlp_obstacle(layer)
         ):
@@ -452,7 +389,7 @@ def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor
     inner, norm, mlp = layer.attention.self, layer.layernorm, layer.mlp
     query_norm, output = inner.layernorm1, layer.attention.output.dense
     tokens = inner.layernorm2(z)
-    fused = _changed("final_layer", final_layer, nn.Linear) is None
+    fused = Part("final_layer", final_layer, nn.Linear).is_stock
     activation = _activation(mlp.intermediate_act_fn)
     assert activation is not None
     linears = (mlp.dense1.weight, mlp.dense1.bias, mlp.dense2.weight, mlp.dense2.bias)
@@ -463,7 +400,7 @@ def _decode(layer: Any, final_layer: Any, queries: Unbuilt, z: Tensor) -> Tensor
         QueryProjection(inner.query.weight, inner.query.bias, query_norm.weight, query_norm.bias, query_norm.eps),
         OutputProjection(output.weight, output.bias),
         heads=inner.num_heads,
-        dropout_p=_dropout_p(inner),
+        dropout_p=_maps(inner).dropout_p,
         query_residual=layer.attention.use_query_residual,
         mlp=FeedForwardWeights(norm.weight, norm.bias, *linears, activation, norm.eps),
         final=OutputProjection(final_layer.weight, final_layer.bias) if fused else None,
@@ -491,10 +428,11 @@ class PerceiverMultimodalDecoder(theirs.PerceiverMultimodalDecoder, Accelerated)
         return Unbuilt(segments, inputs.shape[0], inputs.device, inputs.dtype)
 
     def _padded(self, queries: Tensor | Unbuilt, padding: Tensor) -> GridQueries | Tensor:
-        part = queries.segments[0] if isinstance(queries, Unbuilt) else queries.flatten(1, -2)
+        part = only_segment(queries)
         if isinstance(part, GridQueries):
-            return GridQueries(part.grid, part.data, padding)
-        return torch.cat((part, padding.expand(*part.shape[:2], -1)), 2)
+            return part.padded(padding)
+        array = (built(queries) if part is None else part).flatten(1, -2)
+        return torch.cat((array, padding.expand(*array.shape[:2], -1)), 2)
 
 
 def _by_modality(inputs: Any, sizes: dict[str, int]) -> dict[str, Any]:

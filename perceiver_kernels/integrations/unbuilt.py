@@ -82,6 +82,11 @@ def segment_length(segment: GridQueries | Tensor) -> int:
     return segment.grid.num_positions if isinstance(segment, GridQueries) else segment.shape[1]
 
 
+def only_segment(value: Unbuilt | Tensor) -> GridQueries | Tensor | None:
+    """Of an array that is unbuilt and has no other segment."""
+    return value.segments[0] if isinstance(value, Unbuilt) and len(value.segments) == 1 else None
+
+
 def built(value: Any) -> Any:
     """A value with the arrays for all that is unbuilt in it."""
     if isinstance(value, Unbuilt):

@@ -1,7 +1,7 @@
 """Pre-norm attention modules: from latents to data (CrossAttention) and among latents (SelfAttention)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,14 +12,16 @@ from perceiver_kernels.encodings import FourierGrid
 from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.folding import (
     PathChoice,
-    absorbed_cross_attention,
     choose_path,
     separable_cross_attention,
+    separable_obstacle,
 )
 from perceiver_kernels.modules.projection import is_plain, is_stock, project
 from perceiver_kernels.modules.segments import (
+    GridTokens,
     KeysAndValues,
     Segment,
+    absorbed_sizes,
     check_segments,
     materialized,
     segmented_cross_attention,
@@ -125,7 +127,7 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        context: Tensor | Sequence[Segment],
+        context: Tensor | GridTokens | Sequence[Segment],
         *,
         grid: FourierGrid | None = None,
         mask: Tensor | None = None,
@@ -137,8 +139,8 @@ class CrossAttention(nn.Module):
         Args:
             latents: (batch, N, query_dim), or (1, N, query_dim) for latents that all inputs share.
             context: with a grid, data (batch, *grid.shape, c) or (batch, M, c), c = context_dim - grid.num_channels, of
-                any floating dtype and any strides; without a grid, tokens (batch, M, context_dim), or a sequence of
-                segments, each `GridTokens` or such tokens, which are attended to together.
+                any floating dtype and any strides; without a grid, tokens (batch, M, context_dim), `GridTokens`, or a
+                sequence of segments, each of them one of the two, which are attended to together.
             grid: where the tokens stand and which features a position has.
             mask: bool (batch, M) or (batch, *grid.shape), True = attend; of segments (batch, tokens of all of them).
             inverted: normalise each token's scores over the latents, then each latent's weights over the tokens.
@@ -151,36 +153,40 @@ class CrossAttention(nn.Module):
             ValueError: shapes, dtypes or devices disagree; the message names the argument.
         """
         if not isinstance(context, Tensor):
-            if grid is not None:
-                raise ValueError("grid is given, must be None for a sequence of segments, which have their own")
-            check_segments(context, self.context_dim)
+            segments = self._segments(context, grid)
             if self._folds() and not inverted:
-                return self._attend_to_segments(latents, context, mask, residual)
-            context = materialized(context)
+                return self._attend_to_segments(latents, segments, mask, residual)
+            context = materialized(segments)
         context, mask = self._flatten(latents, context, grid, mask)
         path = "inverted" if inverted else self._choose_path(latents, context, grid).path
         query = project(self.fn.to_q, self.norm(latents))
         if mask is not None and not inverted and self.masked_rows == "mean":
             query, mask = _make_all_masked_uniform(query, mask)
-        if path == "separable":
-            assert grid is not None
-            attended = separable_cross_attention(query, context, grid, mask, **self._key_value_arguments())
-        elif not self._folds():
-            attended = self._attend_by_modules(query, self._tokens(context, grid), mask, inverted)
+        if path == "separable" and grid is not None:
+            attended = self._attend_to_grid(query, context, grid, mask)
+        elif path == "absorbed":
+            attended = self._attend_folded(query, [self._tokens(context, grid)], mask)
         else:
-            attended = _DENSE_PATHS[path](query, self._tokens(context, grid), mask, **self._key_value_arguments())
+            attended = self._attend_projected(query, self._tokens(context, grid), mask, inverted)
         return project(self.fn.to_out, attended, residual)
 
     def explain(
         self,
         latents: Tensor,
-        context: Tensor,
+        context: Tensor | GridTokens | Sequence[Segment],
         *,
         grid: FourierGrid | None = None,
         mask: Tensor | None = None,
         inverted: bool = False,
     ) -> str:
         """Say which path `forward` takes for these arguments, and what each would cost or why it cannot run."""
+        if not isinstance(context, Tensor):
+            segments = self._segments(context, grid)
+            if self._folds() and not inverted:
+                return "\n".join(
+                    ["path: segments, merged", *map(self._explain_segment, range(len(segments)), segments)]
+                )
+            context, grid = materialized(segments), None
         context, _ = self._flatten(latents, context, grid, mask)
         if inverted:
             return "path: inverted\n  plain PyTorch: attention normalised over the latents has no fused path yet"
@@ -198,10 +204,7 @@ class CrossAttention(nn.Module):
         query = project(self.fn.to_q, self.norm(latents))
         if mask is not None and self.masked_rows == "mean":
             query, mask = _make_all_masked_uniform(query, mask)
-        attended = segmented_cross_attention(
-            query, segments, mask, self._keys_and_values(), **self._attention_options()
-        )
-        return project(self.fn.to_out, attended, residual)
+        return project(self.fn.to_out, self._attend_folded(query, segments, mask), residual)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, head_dim={self.head_dim}, dropout={self.dropout}, masked_rows={self.masked_rows!r}"
@@ -222,31 +225,67 @@ class CrossAttention(nn.Module):
             mask = flatten_key_mask(mask, context.shape[0], shape, context.device)
         return context, mask
 
-    def _folds(self) -> bool:
-        """Whether to_kv and norm_context are as they came, of one width, so that their parameters do for them."""
-        norm = self.norm_context
-        stock = is_plain(self.fn.to_kv) and (norm is None or is_stock(norm, nn.LayerNorm))
-        return stock and self.head_dim_v == self.head_dim
+    def _segments(self, context: GridTokens | Sequence[Segment], grid: FourierGrid | None) -> Sequence[Segment]:
+        if grid is not None:
+            raise ValueError("grid is given, must be None for segments, which have their own")
+        segments = (context,) if isinstance(context, GridTokens) else context
+        check_segments(segments, self.context_dim)
+        return segments
 
-    def _attend_by_modules(self, query: Tensor, tokens: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
+    def _folds(self) -> bool:
+        """Whether to_kv and norm_context are as they came, so that their parameters do for them."""
+        norm = self.norm_context
+        return is_plain(self.fn.to_kv) and (norm is None or is_stock(norm, nn.LayerNorm))
+
+    def _attend_to_grid(self, query: Tensor, data: Tensor, grid: FourierGrid, mask: Tensor | None) -> Tensor:
+        if self.head_dim_v != self.head_dim:
+            return self._attend_folded(query, [GridTokens(grid, data)], mask)
+        norm, to_kv = self.norm_context, self.fn.to_kv
+        return separable_cross_attention(
+            query,
+            data,
+            grid,
+            mask,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            eps=None if norm is None else norm.eps,
+            kv_weight=to_kv.weight,
+            kv_bias=to_kv.bias,
+            heads=self.heads,
+            **self._scale_and_dropout(),
+        )
+
+    def _attend_folded(self, query: Tensor, segments: Sequence[Segment], mask: Tensor | None) -> Tensor:
+        norm, to_kv = self.norm_context, self.fn.to_kv
+        key_weight, value_weight = to_kv.weight.split(self._widths())
+        key_bias, value_bias = (None, None) if to_kv.bias is None else to_kv.bias.split(self._widths())
+        normed = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
+        projections = KeysAndValues(key_weight, key_bias, value_weight, value_bias, *normed)
+        options = self._scale_and_dropout()
+        return segmented_cross_attention(query, segments, mask, projections, heads=self.heads, **options)
+
+    def _attend_projected(self, query: Tensor, tokens: Tensor, mask: Tensor | None, inverted: bool) -> Tensor:
+        """With keys and values in memory, by the modules themselves."""
         tokens = tokens if self.norm_context is None else self.norm_context(tokens)
-        widths = (self.heads * self.head_dim, self.heads * self.head_dim_v)
-        keys, values = (_split_heads(part, self.heads) for part in project(self.fn.to_kv, tokens).split(widths, dim=-1))
-        attend = _attend_inverted if inverted else _attend
-        dropout_p = self.dropout if self.training else 0.0
-        return attend(query, keys, values, mask, self.heads, self.head_dim**-0.5, dropout_p)
+        keys_and_values = project(self.fn.to_kv, tokens).split(self._widths(), -1)
+        q, keys, values = (_split_heads(part, self.heads) for part in (query, *keys_and_values))
+        attend = _attend_inverted if inverted else dense.attend
+        return _merge_heads(attend(q, keys, values, mask, **self._scale_and_dropout()))
+
+    def _widths(self) -> list[int]:
+        """Of all heads' keys and values."""
+        return [self.heads * self.head_dim, self.heads * self.head_dim_v]
 
     def _choose_path(self, latents: Tensor, context: Tensor, grid: FourierGrid | None) -> PathChoice:
         if not self._folds():
-            replaced = "no, to_kv or norm_context has been replaced or hooked into"
-            reason: int | str = "no, head_dim_v is not head_dim" if self.head_dim_v != self.head_dim else replaced
+            reason: int | str = "no, to_kv or norm_context has been replaced or hooked into"
             return PathChoice("modules", dict.fromkeys(("separable", "absorbed", "projected"), reason))
         batch, num_tokens, channels = context.shape
         return choose_path(
             queries=latents.shape[1],
             batch=batch,
             heads=self.heads,
-            head_dim=self.head_dim,
+            head_dim=(self.head_dim + self.head_dim_v) // 2,
             data_channels=channels,
             grid=grid,
             context_channels=self.context_dim,
@@ -260,11 +299,18 @@ class CrossAttention(nn.Module):
         (batch, tokens, _), queries, heads = context.shape, latents.shape[1], self.heads
         plain = mask is None and (self.dropout == 0 or not self.training)
         if path == "absorbed":
-            sizes = dense.Sizes(batch, 1, heads * queries, tokens, self.context_dim, self.context_dim, plain)
+            sizes = absorbed_sizes((batch, tokens, self.context_dim), heads * queries, plain)
         else:
             sizes = dense.Sizes(batch, heads, queries, tokens, self.head_dim, self.head_dim_v, plain)
         ours = "pk.absorbed_attention" if path == "absorbed" else "pk.cross_attention"
         return [dense.describe(dense.torch_reason(latents.device, sizes), ours)]
+
+    def _explain_segment(self, index: int, segment: Segment) -> str:
+        path = "absorbed"
+        if isinstance(segment, GridTokens):
+            obstacle = separable_obstacle(segment.grid, segment.data.shape[-1])
+            path = "separable" if obstacle is None else f"absorbed, its features written out; separable: {obstacle}"
+        return f"  context[{index}], {tuple(segment.shape)}: {path}"
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:
         """The dense tokens (batch, M, context_dim), with a grid's features written out."""
@@ -275,28 +321,8 @@ class CrossAttention(nn.Module):
         features = grid.encode(device=context.device, dtype=dtype)
         return torch.cat((context, features.expand(context.shape[0], -1, -1)), dim=-1)
 
-    def _attention_options(self) -> dict[str, Any]:
-        dropout_p = self.dropout if self.training else 0.0
-        return {"heads": self.heads, "scale": self.head_dim**-0.5, "dropout_p": dropout_p}
-
-    def _keys_and_values(self) -> KeysAndValues:
-        norm, to_kv = self.norm_context, self.fn.to_kv
-        key_weight, value_weight = to_kv.weight.chunk(2)
-        key_bias, value_bias = (None, None) if to_kv.bias is None else to_kv.bias.chunk(2)
-        normed = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
-        return KeysAndValues(key_weight, key_bias, value_weight, value_bias, *normed)
-
-    def _key_value_arguments(self) -> dict[str, Any]:
-        """What every path takes besides the query, the context and the mask."""
-        norm = self.norm_context
-        return {
-            **self._attention_options(),
-            "norm_weight": None if norm is None else norm.weight,
-            "norm_bias": None if norm is None else norm.bias,
-            "eps": None if norm is None else norm.eps,
-            "kv_weight": self.fn.to_kv.weight,
-            "kv_bias": self.fn.to_kv.bias,
-        }
+    def _scale_and_dropout(self) -> dict[str, float]:
+        return {"scale": self.head_dim**-0.5, "dropout_p": self.dropout if self.training else 0.0}
 
 
 class SelfAttention(nn.Module):
@@ -355,71 +381,19 @@ class SelfAttention(nn.Module):
         return f"heads={self.heads}, dropout={self.dropout}"
 
 
-def projected_cross_attention(
-    query: Tensor,
-    context: Tensor,
-    mask: Tensor | None,
-    *,
-    heads: int,
-    scale: float,
-    dropout_p: float,
-    **norm_and_projection: Any,
-) -> Tensor:
-    """Dense cross-attention with keys and values in memory; inputs whose mask is False everywhere get zeros.
-
-    Args:
-        query: (batch or 1, N, heads * head_dim), projected.
-        context: (batch, M, channels), not yet normalised.
-        mask: bool (batch, M), True = attend.
-        heads, scale, dropout_p: as in torch's scaled_dot_product_attention.
-        norm_and_projection: norm_weight, norm_bias, eps, kv_weight and kv_bias, as `_keys_and_values` takes them.
-
-    Returns:
-        (batch, N, heads * head_dim).
-    """
-    return _attend(query, *_keys_and_values(context, heads, **norm_and_projection), mask, heads, scale, dropout_p)
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int, scale: float, dropout_p: float
-) -> Tensor:
-    return _merge_heads(dense.attend(_split_heads(query, heads), keys, values, mask, scale=scale, dropout_p=dropout_p))
-
-
-def inverted_cross_attention(
-    query: Tensor,
-    context: Tensor,
-    mask: Tensor | None,
-    *,
-    heads: int,
-    scale: float,
-    dropout_p: float,
-    **norm_and_projection: Any,
+def _attend_inverted(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float, dropout_p: float
 ) -> Tensor:
     """Slot attention in plain PyTorch: softmax over the latents of each token, then L1 norm over the tokens.
 
-    Arguments and result as in `projected_cross_attention`. A latent without any weight gets zeros.
+    Arguments and result as in `dense.attend`. A latent without any weight gets zeros.
     Source: Locatello et al. 2020, arXiv:2006.15055.
     """
-    keys_and_values = _keys_and_values(context, heads, **norm_and_projection)
-    return _attend_inverted(query, *keys_and_values, mask, heads, scale, dropout_p)
-
-
-def _attend_inverted(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, heads: int, scale: float, dropout_p: float
-) -> Tensor:
-    weights = (_split_heads(query, heads) * scale @ keys.transpose(-2, -1)).softmax(dim=-2)
+    weights = (query * scale @ keys.transpose(-2, -1)).softmax(dim=-2)
     if mask is not None:
         weights = weights.masked_fill(~mask[:, None, None, :], 0.0)
     weights = F.dropout(F.normalize(weights, p=1.0, dim=-1, eps=_INVERTED_EPS), dropout_p)
-    return _merge_heads(weights @ values)
-
-
-_DENSE_PATHS: dict[str, Callable[..., Tensor]] = {
-    "absorbed": absorbed_cross_attention,
-    "projected": projected_cross_attention,
-    "inverted": inverted_cross_attention,
-}
+    return weights @ values
 
 
 def flatten_key_mask(mask: Tensor, batch: int, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -473,23 +447,6 @@ def _make_all_masked_uniform(query: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
     """
     all_masked = ~mask.any(dim=-1, keepdim=True)
     return query.masked_fill(all_masked[:, :, None], 0.0), mask | all_masked
-
-
-def _keys_and_values(
-    context: Tensor,
-    heads: int,
-    *,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-    kv_weight: Tensor,
-    kv_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Keys and values, each (batch, heads, M, head_dim), of (batch, M, channels); eps None: no LayerNorm."""
-    if eps is not None:
-        context = F.layer_norm(context, context.shape[-1:], norm_weight, norm_bias, eps)
-    keys, values = F.linear(context, kv_weight, kv_bias).chunk(2, dim=-1)
-    return _split_heads(keys, heads), _split_heads(values, heads)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

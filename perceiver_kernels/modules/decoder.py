@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from perceiver_kernels.ops.separable_query_attention import MAX_CHANNELS, attend
 from perceiver_kernels.ops.validation import check_key_mask
 
 BLOCK_BYTES = 16 << 20
+
+Queries = TypeVar("Queries", bound="GridQueries")
 
 # Parts of a grid: along each axis a range of its positions.
 Part: TypeAlias = tuple[slice, ...]
@@ -77,6 +79,11 @@ class GridQueries:
     def num_channels(self) -> int:
         """Channels of a query, c + E + n."""
         return self.data_channels + self.grid.num_channels + (0 if self.constant is None else self.constant.shape[0])
+
+    def padded(self: Queries, channels: Tensor) -> Queries:
+        """The same with further channels, (n,), that are the same for every query."""
+        constant = channels if self.constant is None else torch.cat((self.constant, channels))
+        return replace(self, constant=constant)
 
     def encode(self, device: torch.device, dtype: torch.dtype, part: Part | None = None) -> Tensor:
         """The queries of part of the grid written out, (batch or 1, positions, channels)."""

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perceiver_kernels.backends import centring
 from perceiver_kernels.encodings import FourierGrid
-from perceiver_kernels.modules.dense import Sizes, torch_reason
-from perceiver_kernels.ops.absorbed_attention import absorbed_attention
 from perceiver_kernels.ops.separable_attention import MAX_AXES, MAX_CHANNELS, attend_to_grid
 from perceiver_kernels.ops.separable_layer_norm import separable_layer_norm
 
@@ -157,97 +154,3 @@ def _separable(
         return out + constant  # the weights' total is 1
     total = total.unflatten(1, (heads, -1)).transpose(1, 2)  # batch, queries, heads
     return out + (total[..., None] * constant.unflatten(0, (heads, -1))).flatten(2)
-
-
-def absorbed_cross_attention(
-    query: Tensor,
-    context: Tensor,
-    mask: Tensor | None,
-    *,
-    heads: int,
-    scale: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-    kv_weight: Tensor,
-    kv_bias: Tensor | None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """The same over a dense context: keys projected by way of the query, values after the attention.
-
-    Args:
-        context: (batch, M, C); the others as in separable_cross_attention.
-
-    Returns:
-        (batch, queries, heads * head_dim).
-    """
-    batch, tokens, channels = context.shape
-    plain = mask is None and dropout_p == 0
-    sizes = Sizes(batch, 1, heads * query.shape[1], tokens, channels, channels, plain)
-    if torch_reason(context.device, sizes) is not None:
-        parameters = [kv_weight, kv_bias, norm_weight, norm_bias]
-        return _absorbed_by_torch(query, context, mask, parameters, heads, scale, eps, dropout_p)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.autocast(query.device.type, enabled=False):
-        parameters = [None if p is None else p.to(dtype) for p in (kv_weight, kv_bias, norm_weight, norm_bias)]
-        result = _absorbed(query.to(dtype), context, mask, parameters, heads, scale, eps, dropout_p)
-    return result.to(query.dtype)
-
-
-def _absorbed(
-    query: Tensor,
-    context: Tensor,
-    mask: Tensor | None,
-    parameters: list[Tensor | None],
-    heads: int,
-    scale: float,
-    eps: float | None,
-    dropout_p: float,
-) -> Tensor:
-    kv_weight, kv_bias, norm_weight, norm_bias = parameters
-    assert kv_weight is not None
-    # LayerNorm's gain and centring go into the weights; what its bias adds to the scores is the same for all tokens.
-    weight = kv_weight if norm_weight is None else kv_weight * norm_weight
-    if eps is not None:
-        weight = weight - weight.mean(1, keepdim=True)
-    key_weight, value_weight = weight.unflatten(0, (2, heads, -1)).unbind(0)  # heads, head_dim, C
-    q = (scale * query).unflatten(2, (heads, -1)).transpose(1, 2)
-    weighted, _, total = absorbed_attention(
-        (q @ key_weight).flatten(1, 2), context, eps=eps, mask=mask, dropout_p=dropout_p
-    )
-    out = (weighted.unflatten(1, (heads, -1)) @ value_weight.transpose(1, 2)).transpose(1, 2)
-    constant = kv_bias if norm_bias is None else F.linear(norm_bias, kv_weight, kv_bias)
-    if constant is not None:  # the weights' sum is 0 for masked rows, and not 1 under dropout
-        sums = total.unflatten(1, (heads, -1)).transpose(1, 2)
-        out = out + sums[..., None] * constant.chunk(2)[1].unflatten(0, (heads, -1))
-    return out.flatten(2)
-
-
-def _absorbed_by_torch(
-    query: Tensor,
-    context: Tensor,
-    mask: Tensor | None,
-    parameters: list[Tensor | None],
-    heads: int,
-    scale: float,
-    eps: float | None,
-    dropout_p: float,
-) -> Tensor:
-    kv_weight, kv_bias, norm_weight, norm_bias = parameters
-    assert kv_weight is not None
-    batch, channels = context.shape[0], context.shape[-1]
-    normed = context if eps is None else F.layer_norm(context, (channels,), norm_weight, norm_bias, eps)
-    key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)  # heads, head_dim, C
-    q = query.unflatten(2, (heads, -1)).transpose(1, 2)
-    absorbed = (q @ key_weight).expand(batch, -1, -1, -1)
-    if kv_bias is not None:  # a channel of ones sums the weights: 0 for masked rows, and not 1 under dropout
-        normed, absorbed = F.pad(normed, (0, 1), value=1.0), F.pad(absorbed, (0, 1))
-    shared = normed[:, None]
-    keys = centring.centred_for_backward(absorbed, shared, None if mask is None else mask.flatten(1))
-    keys, shared = (tensor.expand(-1, heads, -1, -1) for tensor in (keys, shared))
-    allowed = None if mask is None else mask.flatten(1)[:, None, None]
-    weighted = F.scaled_dot_product_attention(absorbed, keys, shared, allowed, dropout_p, scale=scale)
-    out = weighted[..., :channels] @ value_weight.transpose(1, 2)
-    if kv_bias is not None:
-        out = out + weighted[..., channels:] * kv_bias.chunk(2)[1].unflatten(0, (heads, 1, -1))
-    return out.transpose(1, 2).flatten(2)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perceiver_kernels.modules import dense
 from perceiver_kernels.modules.decoder import GridQueries, reciprocal_deviation
 from perceiver_kernels.modules.folding import separable_obstacle
 from perceiver_kernels.ops.absorbed_attention import absorbed_attention
@@ -100,6 +101,12 @@ class KeysAndValues(NamedTuple):
     norm_bias: Tensor | None = None
     eps: float | None = None
 
+    def bias_of_values(self) -> Tensor | None:
+        """That of keys adds the same to all scores of a row: it has a gradient, which is zero, and no other effect."""
+        if self.key_bias is None or self.value_bias is None:
+            return self.value_bias
+        return torch.cat((self.key_bias, self.value_bias))[self.key_bias.shape[0] :]
+
 
 class PartialState(NamedTuple):
     """The attention over some of the tokens: sums (batch, rows, head_dim_v) of weights times values without biases, and
@@ -129,6 +136,8 @@ def segmented_cross_attention(
 ) -> Tensor:
     """softmax(scale * q K^T) V over the tokens of all segments together.
 
+    Keys of arrays are projected by way of the query, values after the attention.
+
     Args:
         query: (batch or 1, queries, heads * head_dim), projected; batch 1 is not expanded.
         segments: one or more `GridTokens`, or arrays (batch, M, C).
@@ -138,6 +147,13 @@ def segmented_cross_attention(
     Returns:
         (batch, queries, heads * head_dim_v) in the query's dtype.
     """
+    if len(segments) == 1 and isinstance(segments[0], Tensor):
+        plain = mask is None and dropout_p == 0
+        if (
+            dense.torch_reason(query.device, absorbed_sizes(segments[0].shape, heads * query.shape[1], plain))
+            is not None
+        ):
+            return _attend_by_torch(query, segments[0], mask, projections, heads, scale, dropout_p)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
         *tensors, eps = projections
@@ -150,14 +166,44 @@ def segmented_cross_attention(
     return out.to(query.dtype)
 
 
+def absorbed_sizes(tokens: Sequence[int], rows: int, plain: bool) -> dense.Sizes:
+    """Of attention in the channels of tokens (batch, M, C), by the rows of all heads; plain: no mask, no dropout."""
+    batch, count, channels = tokens
+    return dense.Sizes(batch, 1, rows, count, channels, channels, plain)
+
+
+def _attend_by_torch(
+    query: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    projections: KeysAndValues,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """The same over one array by torch's attention, which wants LayerNorm's result in memory."""
+    key_weight, _, value_weight, _, norm_weight, norm_bias, eps = projections
+    batch, _, channels = tokens.shape
+    normed = tokens if eps is None else F.layer_norm(tokens, (channels,), norm_weight, norm_bias, eps)
+    query = query.unflatten(2, (heads, -1)).transpose(1, 2)
+    absorbed = query @ key_weight.unflatten(0, (heads, -1))
+    value_bias = projections.bias_of_values()
+    if value_bias is not None:  # a channel of ones sums the weights: 0 for masked rows, and not 1 under dropout
+        normed, absorbed = F.pad(normed, (0, 1), value=1.0), F.pad(absorbed, (0, 1))
+    absorbed, shared = absorbed.expand(batch, -1, -1, -1), normed[:, None].expand(-1, heads, -1, -1)
+    weighted = dense.attend_by_torch(absorbed, shared, shared, mask, scale, dropout_p)
+    out = weighted[..., :channels] @ value_weight.unflatten(0, (heads, -1)).transpose(1, 2)
+    if value_bias is not None:
+        out = out + weighted[..., channels:] * value_bias.unflatten(0, (heads, 1, -1))
+    return out.transpose(1, 2).flatten(2)
+
+
 class _Folded:
     """Queries and projections with LayerNorm's gain and centring folded into the weights."""
 
     def __init__(self, query: Tensor, projections: KeysAndValues, heads: int, dropout_p: float) -> None:
-        key_weight, key_bias, value_weight, value_bias, norm_weight, norm_bias, self.eps = projections
-        if key_bias is not None and value_bias is not None:
-            # The keys' adds the same to all scores of a row: it has a gradient, which is zero, and no other effect.
-            value_bias = torch.cat((key_bias, value_bias))[key_bias.shape[0] :]
+        key_weight, _, value_weight, _, norm_weight, norm_bias, self.eps = projections
+        value_bias = projections.bias_of_values()
         self.heads, self.dropout_p, self.dtype = heads, dropout_p, query.dtype
         self.constant = value_bias if norm_bias is None else F.linear(norm_bias, value_weight, value_bias)
         weights = [key_weight, value_weight]
