@@ -33,6 +33,7 @@ KERNELS = [
     "separable_attention_tokens",
     "separable_layer_norm",
     "separable_query_attention",
+    "separable_query_attention_backward",
     "fourier_encode",
     "exp_rate",
 ]

@@ -4,7 +4,8 @@
 // With LayerNorm, what is attended to is y = [r (z - mean(z)) ; r mean(z)] by [a ; sum of a]: s = r a . z without the
 // rounding of a mean that is far larger than what it leaves. Of the gradient d_y, whose last element is d_mean, follows
 // d_z = r (d_y + (d_mean - sum of d_y) / C - (d_y . y) (z - mean(z)) r / C).
-#include "dense_attention.h"
+#include "dense_backward.h"
+#include "dense_forward.h"
 #include "fourier_points.h"
 
 namespace pk {

@@ -1,5 +1,5 @@
 // What attention over blocks is made of: scores of a block of queries and a block of keys in cache, their softmax, and
-// the operands of the products. latent_attention.cpp and dense_attention.h put it together.
+// the operands of the products. latent_attention.cpp, dense_attention.h and queries_on_grid.h put it together.
 #pragma once
 
 #include <algorithm>
@@ -52,6 +52,19 @@ struct Range {
     return {index * size, std::min(size, total - index * size)};
   }
 };
+
+// f(value of the type of the computation, value of the data's type).
+template <class F>
+void with_types(DType dtype, const F& f) {
+  with_floating_type(dtype, [&](auto x) {
+    using X = decltype(x);
+    if constexpr (sizeof(X) == 8) {
+      f(double{}, x);
+    } else {
+      f(float{}, x);
+    }
+  });
+}
 
 // Rows as columns of the right operand: panels of tile_width rows, channel after channel.
 template <class T, class X>

@@ -403,18 +403,6 @@ void backward(const LatentInputs& in, const LatentOutputs& saved, const TensorVi
   for_each_head(sizes.all_heads(), whole, split);
 }
 
-template <class F>
-void with_types(DType dtype, const F& f) {
-  with_floating_type(dtype, [&](auto x) {
-    using X = decltype(x);
-    if constexpr (sizeof(X) == 8) {
-      f(double{}, x);
-    } else {
-      f(float{}, x);
-    }
-  });
-}
-
 }  // namespace
 
 namespace PK_LEVEL {

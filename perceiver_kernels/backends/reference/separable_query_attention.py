@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from perceiver_kernels.backends.layout import with_rows_first
-from perceiver_kernels.backends.reference.attention import balanced, kept, over_batch, softmax
+from perceiver_kernels.backends.reference.attention import kept, over_batch, softmax
 from perceiver_kernels.backends.reference.grids import marginals, spread
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -82,7 +82,7 @@ def separable_query_attention_bwd(
     keep = kept(p, dropout_p, seed, v.shape[0])
     values, d_out = _left_out(v.to(form.dtype), mask, 2), d_out.to(form.dtype)
     delta = (d_out * out.to(form.dtype)).sum(-1, keepdim=True)
-    d_scores = _left_out(balanced(p * (keep * (d_out @ values.transpose(2, 3)) - delta), p), mask, 3)
+    d_scores = _left_out(p * (keep * (d_out @ values.transpose(2, 3)) - delta), mask, 3)
     d_over_queries = factor * d_scores
 
     needs_form, needs_v, needs_h, needs_x, needs_r = needs
