@@ -494,7 +494,7 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 # --- machine code ---------------------------------------------------------------------------------------------------
 
 TABLES = ["a", "x", "positions", "frequencies", "sums", "peaks", "totals"]
-TABLES += ["d_acc", "reference", "correction", "delta", "d_total", "d_a", "d_x"]
+TABLES += ["d_acc", "reference", "correction", "delta", "d_total", "d_a", "rests", "d_x"]
 INDICES = ["a_batch", "x_batch", "x_row", "p_batch", "p_row", "p_axis", "mask_batch", "mask_row"]
 INDICES += ["rows", "tokens", "step", "size"]
 

@@ -81,6 +81,17 @@ def test_latent_attention(backend: str) -> None:
     check(pk.latent_attention, softmax_attention(), query_key_value(), backend)
 
 
+@pytest.mark.parametrize("op", [pk.latent_attention, pk.cross_attention])
+@pytest.mark.parametrize("large", [1, 20])
+def test_large_keys_that_nobody_attends_to(op: Attention, large: int) -> None:
+    """Queries that attend to small keys, which have nothing in common, do not get the large ones into their error."""
+    q, k = 0.1 + rand(2, 2, QUERIES, HEAD_DIM, seed=1).abs(), rand(2, 2, KEYS, HEAD_DIM, seed=2)
+    k[:, :, 7 : 7 + large] = -1e4
+    inputs = [q, k, rand(2, 2, KEYS, HEAD_DIM, seed=4)]
+    for backend in backends_of(op.__name__):
+        check(op, softmax_attention(), inputs, backend)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", backends_of("cross_attention"))
 def test_cross_attention(backend: str, masked: bool) -> None:
@@ -97,10 +108,14 @@ def test_few_and_many_queries_on_the_native_kernel(queries: int) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_torch(masked: bool) -> None:
+def test_few_queries_are_left_to_the_formula(masked: bool) -> None:
+    """In place of torch's attention; what masked keys hold does not matter."""
     mask = mask_of(masked)
+    q, k, v = query_key_value()
+    if mask is not None:
+        k = k.masked_fill(~mask[:, None, :, None], 1e6)
     ours = lambda q, k, v: dense.attend_by_torch(q, k, v, mask, HEAD_DIM**-0.5, 0.0)  # noqa: E731
-    check(ours, softmax_attention(mask), query_key_value(), "auto")
+    check(ours, softmax_attention(mask), [q[:, :, :HEAD_DIM], k, v], "auto")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -131,8 +146,7 @@ def test_absorbed_attention(backend: str, eps: float | None, masked: bool) -> No
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("few", [False, True])
-def test_cross_attention_in_the_context_s_channels(few: bool, masked: bool) -> None:
-    """Few queries are left to torch's attention."""
+def test_cross_attention_in_the_contexts_channels(few: bool, masked: bool) -> None:
     mask, context = mask_of(masked), alike(2, KEYS, 512, seed=2).float()
     kv_weight, kv_bias = rand(2 * HEAD_DIM, 512, seed=4).float() / 512**0.5, rand(2 * HEAD_DIM, seed=5).float()
 

@@ -119,10 +119,17 @@ def test_explain_names_the_path_of_each_segment() -> None:
     assert text == [
         "path: segments, merged",
         "  context[0], (2, 24, 22): separable",
-        "  context[1], (2, 5, 22): absorbed",
+        "  context[1], (2, 5, 22): absorbed into its channels",
     ]
     module.fn.to_kv.register_forward_hook(lambda *_: None)
     assert "to_kv or norm_context has been replaced or hooked into" in module.explain(torch.randn(2, 6, 10), [audio])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_an_array_of_another_dtype_than_the_module(dtype: torch.dtype) -> None:
+    module, tokens = make_module(), make_inputs()[4].to(dtype)
+    latents = torch.randn(2, 6, 10)
+    torch.testing.assert_close(module(latents, [tokens]), module(latents, tokens.float()))
 
 
 def test_padded_again() -> None:

@@ -1,5 +1,5 @@
-// Absorbed attention on the CPU, forward and backward: dense_attention.h over tokens that are their own keys and
-// values, encoded and normalised block after block. Compiled once per instruction set.
+// Absorbed attention on the CPU, forward and backward: dense_{forward,backward}.h over tokens that are their own keys
+// and values, encoded and normalised block after block. Compiled once per instruction set.
 //
 // With LayerNorm, what is attended to is y = [r (z - mean(z)) ; r mean(z)] by [a ; sum of a]: s = r a . z without the
 // rounding of a mean that is far larger than what it leaves. Of the gradient d_y, whose last element is d_mean, follows

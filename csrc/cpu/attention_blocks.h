@@ -310,7 +310,7 @@ class ScoreBlock {
 
 // ---- What rounding leaves of a sum of d_s, in backward. The gradients of a query's scores add up to zero, or to what
 // came upstream of its lse, but for rounding. Where keys are much alike, that rest times what they have in common would
-// be most of the query's gradient: it is taken off again, times their mean.
+// be most of the query's gradient: it is taken off again (docs/dense_attention.md).
 
 // sums[i * sums_step] += the sum of row i of a block of backward.
 template <class T>
@@ -323,39 +323,70 @@ void add_row_sums(const T* block, int64_t rows, int64_t columns, T* sums, int64_
   }
 }
 
-// sums[c] = the sum of channel c over some rows; whole vectors, zeros behind the last channel.
-template <class T, class X>
-void sum_rows(const Matrix<const X>& rows, int64_t count, int64_t channels, T* sums) {
-  for (int64_t c = 0; c < channels; c += Simd<T>::lanes) {
-    Vec<T> sum = {};
-    for (int64_t i = 0; i < count; ++i) {
-      sum += load_channels<T>(rows.row(i) + c * rows.channel_step, rows.channel_step, channels - c);
-    }
-    store<T>(sums + c, sum);
+// sums[j] += the sum of column j of a block of backward; whole vectors.
+template <class T>
+void add_column_sums(const T* block, int64_t rows, int64_t columns, T* sums) {
+  for (int64_t j = 0; j < columns; j += Simd<T>::lanes) {
+    Vec<T> sum = load(sums + j);
+    for (int64_t i = 0; i < rows; ++i) sum += load(block + i * score_step<T, kBackwardKeys> + j);
+    store<T>(sums + j, sum);
   }
 }
 
-// The mean of rows, from their sums over blocks, `step` apart.
+// What keys have in common: their mean, each weighted by the attention it gets, so that keys nobody attends to do not
+// count. In channels where that mean is no more than chance, nothing: of few large keys and many small ones it would be
+// an error for the queries that attend to the small ones.
 template <class T>
-class MeanRow {
+class CommonKey {
  public:
-  MeanRow(const T* sums, int64_t blocks, int64_t step, int64_t rows, int64_t channels)
-      : channels_(channels), mean_(channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      T sum = 0;
-      for (int64_t block = 0; block < blocks; ++block) sum += sums[block * step + c];
-      mean_[c] = rows > 0 ? sum / static_cast<T>(rows) : T(0);
+  explicit CommonKey(int64_t channels)
+      : channels_(channels), step_(rounded_up(channels, tile_width<T>)), sums_(2 * step_), key_(step_) {
+    clear();
+  }
+
+  void clear() {
+    weight_ = weight_squares_ = 0;
+    std::fill_n(sums_.get(), 2 * step_, T(0));
+  }
+
+  // Adds keys that are packed as rows (pack_panels), and the attention that each gets.
+  void add(const T* panels, int64_t panel_step, int64_t keys, const T* weights) {
+    for (int64_t j = 0; j < keys; ++j) weight_ += weights[j], weight_squares_ += weights[j] * weights[j];
+    for (int64_t c = 0; c < channels_; c += Simd<T>::lanes) {
+      const T* panel = panels + c / tile_width<T> * panel_step + c % tile_width<T>;
+      Vec<T> sum = load(sums_.get() + c), squares = load(sums_.get() + step_ + c);
+      for (int64_t j = 0; j < keys; ++j) {
+        const Vec<T> key = load(panel + j * tile_width<T>), weighted = broadcast(weights[j]) * key;
+        sum += weighted;
+        squares += weighted * key;
+      }
+      store<T>(sums_.get() + c, sum);
+      store<T>(sums_.get() + step_ + c, squares);
+    }
+  }
+  void add(const CommonKey& other) {
+    weight_ += other.weight_, weight_squares_ += other.weight_squares_;
+    for (int64_t c = 0; c < 2 * step_; ++c) sums_[c] += other.sums_[c];
+  }
+
+  void finish() {
+    // mean^2 > 8 / n * variance, of n = weight^2 / weight_squares keys; false for what is not finite
+    const T chance = 8 * weight_squares_ / (weight_ * weight_);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const T mean = sums_[c] / weight_, variance = sums_[step_ + c] / weight_ - mean * mean;
+      key_[c] = mean * mean > chance * variance ? mean : T(0);
     }
   }
 
-  // row -= rest * mean
+  // row -= rest * key
   void take(T rest, T* row) const {
-    for (int64_t c = 0; c < channels_; ++c) row[c] -= rest * mean_[c];
+    for (int64_t c = 0; c < channels_; ++c) row[c] -= rest * key_[c];
   }
 
  private:
-  const int64_t channels_;
-  AlignedBuffer<T> mean_;
+  const int64_t channels_, step_;
+  T weight_, weight_squares_;
+  AlignedBuffer<T> sums_, key_;
 };
 
 // Runs all heads: as many as divide evenly among the threads as one task each, in cache, the remaining ones split among

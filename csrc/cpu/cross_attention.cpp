@@ -1,5 +1,5 @@
-// Cross-attention on the CPU, forward and backward: dense_attention.h over the keys and values of one head at a time,
-// less those that are masked. Compiled once per instruction set.
+// Cross-attention on the CPU, forward and backward: dense_{forward,backward}.h over the keys and values of one head at
+// a time, less those that are masked. Compiled once per instruction set.
 #include "dense_backward.h"
 #include "dense_forward.h"
 

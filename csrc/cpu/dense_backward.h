@@ -94,6 +94,8 @@ class DenseBackwardHead {
     PackedQueries<T> queries;
     PackedKeys<T, kOneMatrix> keys;
     AlignedBuffer<T> weights, d_scores, d_outer, copy;
+    CommonKey<T> common_key;                 // of a group of queries
+    alignas(64) T attention[kBackwardKeys];  // that each key of a block gets from the queries
 
     State(const DenseCall<Tokens>& call, const BackwardPlan& plan)
         : queries(call.sizes, plan.keys_outer ? 0 : BackwardPlan::kQueryGroup),
@@ -102,7 +104,8 @@ class DenseBackwardHead {
           d_scores(kQueryBlock * kStep),
           d_outer(std::max(kBackwardKeys * key_width(call.sizes),
                            BackwardPlan::kQueryGroup * kQueryBlock * query_width(call.sizes))),
-          copy(copy_size(call)) {}
+          copy(copy_size(call)),
+          common_key(call.sizes.head_dim) {}
   };
 
   DenseBackwardHead(const DenseCall<Tokens>& call, const Gradients& gradients, const BackwardPlan& plan,
@@ -118,8 +121,11 @@ class DenseBackwardHead {
                                     : plan.inner_blocks * kBackwardKeys * key_width(sizes_)),
         queries_(sizes_, plan.keys_outer ? plan.inner_blocks : 0),
         keys_(sizes_, plan.keys_outer ? 0 : plan.inner_blocks),
-        d_inner_(partial_sums * inner_size_),
-        key_sums_(blocks(sizes_.tokens, kBackwardKeys) * step_) {}
+        d_inner_(partial_sums * inner_size_) {
+    for (int64_t part = 0; plan.keys_outer && part < plan.parts; ++part) {
+      common_keys_.push_back(std::make_unique<CommonKey<T>>(sizes_.head_dim));
+    }
+  }
 
   void begin(int64_t index) {
     batch_ = index / sizes_.heads;
@@ -140,9 +146,10 @@ class DenseBackwardHead {
     T* d_inner = d_inner_.get() + partial_sum * inner_size_;
     std::fill_n(d_inner, inner_size_, T(0));
     const int64_t all = plan_.keys_outer ? key_blocks() : plan_.outer_blocks;
+    if (plan_.keys_outer) common_keys_[static_cast<size_t>(index)]->clear();
     for (int64_t outer = index * all / plan_.parts; outer < (index + 1) * all / plan_.parts; ++outer) {
       if (plan_.keys_outer) {
-        key_block(outer, d_inner, state);
+        key_block(outer, d_inner, *common_keys_[static_cast<size_t>(index)], state);
       } else {
         query_group(outer, d_inner, state);
       }
@@ -159,7 +166,10 @@ class DenseBackwardHead {
 
   void write_inner(int64_t block, State& state) const {
     if (plan_.keys_outer) {
-      write_queries(block, d_inner_.get() + block * kQueryBlock * query_step_);
+      CommonKey<T> common_key(sizes_.head_dim);
+      for (const auto& part : common_keys_) common_key.add(*part);
+      common_key.finish();
+      write_queries(block, common_key, d_inner_.get() + block * kQueryBlock * query_step_);
     } else if (block < key_blocks()) {
       write_keys(block, d_inner_.get() + block * kBackwardKeys * key_width(sizes_), state);
     }
@@ -181,30 +191,38 @@ class DenseBackwardHead {
   Range query_range(int64_t block) const { return Range::block(block, kQueryBlock, sizes_.queries); }
   Range key_range(int64_t block) const { return Range::block(block, kBackwardKeys, tokens_); }
 
-  void key_block(int64_t block, T* d_queries, State& state) {
+  void key_block(int64_t block, T* d_queries, CommonKey<T>& common_key, State& state) const {
     pack_keys_of(block, state.keys, 0, state);
     T* d_keys = state.d_outer.get();
     std::fill_n(d_keys, kBackwardKeys * key_width(sizes_), T(0));
+    std::fill_n(state.attention, kBackwardKeys, T(0));
     for (int64_t query_block = 0; query_block < plan_.inner_blocks; ++query_block) {
       step({queries_, query_block, query_range(query_block)}, {state.keys, 0, key_range(block)},
            d_queries + query_block * kQueryBlock * query_step_, d_keys, state);
     }
+    add_attended({state.keys, 0, key_range(block)}, state.attention, common_key);
     write_keys(block, d_keys, state);
   }
 
-  void query_group(int64_t group, T* d_keys, State& state) {
+  void query_group(int64_t group, T* d_keys, State& state) const {
     const int64_t first = group * BackwardPlan::kQueryGroup;
     const int64_t count = std::min(BackwardPlan::kQueryGroup, sizes_.query_blocks() - first);
     T* d_queries = state.d_outer.get();
     std::fill_n(d_queries, count * kQueryBlock * query_step_, T(0));
     for (int64_t i = 0; i < count; ++i) pack_queries_of(first + i, state.queries, i, state);
+    state.common_key.clear();
     for (int64_t block = 0; block < key_blocks(); ++block) {
+      std::fill_n(state.attention, kBackwardKeys, T(0));
       for (int64_t i = 0; i < count; ++i) {
         step({state.queries, i, query_range(first + i)}, {keys_, block, key_range(block)},
              d_queries + i * kQueryBlock * query_step_, d_keys + block * kBackwardKeys * key_width(sizes_), state);
       }
+      add_attended({keys_, block, key_range(block)}, state.attention, state.common_key);
     }
-    for (int64_t i = 0; i < count; ++i) write_queries(first + i, d_queries + i * kQueryBlock * query_step_);
+    state.common_key.finish();
+    for (int64_t i = 0; i < count; ++i) {
+      write_queries(first + i, state.common_key, d_queries + i * kQueryBlock * query_step_);
+    }
   }
 
   void pack_queries_of(int64_t block, PackedQueries<T>& packed, int64_t place, State& state) const {
@@ -219,13 +237,12 @@ class DenseBackwardHead {
     gradients_.statistics(batch_, head_, range, packed.reference(place), packed.delta(place), packed.d_total(place));
   }
 
-  void pack_keys_of(int64_t block, PackedKeys<T, kOneMatrix>& packed, int64_t place, State& state) {
+  void pack_keys_of(int64_t block, PackedKeys<T, kOneMatrix>& packed, int64_t place, State& state) const {
     constexpr int width = tile_width<T>;
     const Range range = key_range(block);
     const TokenRows<T> rows = call_.tokens.rows(batch_, head_, range, state.copy.get());
     pack_columns<T>(rows.keys, range.count, sizes_.head_dim, packed.columns(place));
     pack_panels<T>(rows.keys, range.count, sizes_.head_dim, width, panel_step<T>(kBackwardKeys), packed.rows(place));
-    sum_rows(rows.keys, range.count, sizes_.head_dim, key_sums_.get() + block * step_);
     if (!kOneMatrix) pack_columns<T>(rows.values, range.count, sizes_.head_dim_v, packed.value_columns(place));
   }
 
@@ -266,7 +283,13 @@ class DenseBackwardHead {
                                   panel_step<T>(kBackwardKeys), keys.range.count, sizes_.head_dim,
                                   AddTo<T>{d_queries, query_step_});
       add_row_sums<T>(d_scores, queries.range.count, keys.range.count, d_queries + sizes_.head_dim, query_step_);
+      add_column_sums<T>(weights, queries.range.count, keys.range.count, state.attention);
     }
+  }
+
+  void add_attended(const KeyBlock& keys, const T* attention, CommonKey<T>& common_key) const {
+    if (!gradients_.needs_queries()) return;
+    common_key.add(keys.packed.rows(keys.place), panel_step<T>(kBackwardKeys), keys.range.count, attention);
   }
 
   // In place: scores become weights (dropped ones zero), gradients of the weights become gradients of the scores.
@@ -298,13 +321,12 @@ class DenseBackwardHead {
     }
   }
 
-  void write_queries(int64_t block, T* rows) const {
+  void write_queries(int64_t block, const CommonKey<T>& common_key, T* rows) const {
     if (!gradients_.needs_queries()) return;
     const Range queries = query_range(block);
-    const MeanRow<T> mean_key(key_sums_.get(), key_blocks(), step_, tokens_, sizes_.head_dim);
     for (int64_t i = 0; i < queries.count; ++i) {
       T* row = rows + i * query_step_;
-      mean_key.take(row[sizes_.head_dim] - gradients_.d_lse(batch_, queries.first + i), row);
+      common_key.take(row[sizes_.head_dim] - gradients_.d_lse(batch_, queries.first + i), row);
     }
     gradients_.write_queries(batch_, head_, queries, rows, query_step_, static_cast<T>(call_.scale));
   }
@@ -324,7 +346,7 @@ class DenseBackwardHead {
   PackedQueries<T> queries_;
   PackedKeys<T, kOneMatrix> keys_;
   AlignedBuffer<T> d_inner_;
-  AlignedBuffer<T> key_sums_;  // of each block of keys
+  std::vector<std::unique_ptr<CommonKey<T>>> common_keys_;  // of each part of the keys
 };
 
 template <class T, class Tokens, class Gradients>

@@ -163,6 +163,7 @@ class BackwardHead {
   // Of one part of the keys.
   struct State {
     AlignedBuffer<T> weights, d_scores, d_keys, d_values;
+    alignas(64) T attention[kBackwardKeys];  // that each key of a block gets from all queries
 
     explicit State(const Sizes& sizes)
         : weights(kQueryBlock * score_step<T, kBackwardKeys>),
@@ -191,8 +192,11 @@ class BackwardHead {
         d_out_rows_(sizes_.queries * step_v_),
         reference_(padded_queries_),
         delta_(padded_queries_),
-        key_sums_(blocks(sizes_.keys, kBackwardKeys) * step_),
-        d_queries_(partial_sums * padded_queries_ * query_step_) {}
+        d_queries_(partial_sums * padded_queries_ * query_step_) {
+    for (int64_t part = 0; part < key_parts(sizes_); ++part) {
+      common_keys_.push_back(std::make_unique<CommonKey<T>>(sizes_.head_dim));
+    }
+  }
 
   void begin(int64_t index) {
     batch_ = index / sizes_.heads;
@@ -206,7 +210,6 @@ class BackwardHead {
     pack_columns<T>(from(v, keys), keys.count, sizes_.head_dim_v,
                     value_columns_.get() + keys.first * sizes_.head_dim_v);
     pack_rows<T>(k, keys, sizes_.head_dim, sizes_.keys, key_rows_.get());
-    sum_rows(from(k, keys), keys.count, sizes_.head_dim, key_sums_.get() + key_block * step_);
   }
 
   void pack_queries(int64_t query_block) {
@@ -228,17 +231,23 @@ class BackwardHead {
     std::fill_n(d_queries, rounded_up(sizes_.queries, kLowTileRows) * query_step_, T(0));
     T *weights = state.weights.get(), *d_scores = state.d_scores.get();
     T *d_keys = state.d_keys.get(), *d_values = state.d_values.get();
+    CommonKey<T>& common_key = *common_keys_[static_cast<size_t>(index)];
+    common_key.clear();
     for (int64_t key_block = index * all / parts; key_block < (index + 1) * all / parts; ++key_block) {
       const Range keys = Range::block(key_block, kBackwardKeys, sizes_.keys);
       const int64_t rows = rounded_up(keys.count, kLowTileRows);
       std::fill_n(d_keys, rows * step_, T(0));
       std::fill_n(d_values, rows * step_v_, T(0));
+      std::fill_n(state.attention, kBackwardKeys, T(0));
       for (int64_t query_block = 0; query_block < sizes_.query_blocks(); ++query_block) {
         const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
         score(queries, keys, weights, d_scores);
         differentiate(queries, keys, weights, d_scores);
+        add_column_sums(weights, queries.count, keys.count, state.attention);
         accumulate(queries, keys, weights, d_scores, d_keys, d_values, d_queries);
       }
+      common_key.add(key_rows_.get() + keys.first * tile_width<T>, sizes_.keys * tile_width<T>, keys.count,
+                     state.attention);
       write(gradients_.k, keys, d_keys, step_, sizes_.head_dim, static_cast<T>(in_.scale));
       write(gradients_.v, keys, d_values, step_v_, sizes_.head_dim_v, T(1));
     }
@@ -256,10 +265,12 @@ class BackwardHead {
   void write_queries(int64_t query_block) const {
     const Range queries = Range::block(query_block, kQueryBlock, sizes_.queries);
     T* rows = partial(0) + queries.first * query_step_;
-    const MeanRow<T> mean_key(key_sums_.get(), blocks(sizes_.keys, kBackwardKeys), step_, sizes_.keys, sizes_.head_dim);
+    CommonKey<T> common_key(sizes_.head_dim);
+    for (const auto& part : common_keys_) common_key.add(*part);
+    common_key.finish();
     for (int64_t i = 0; i < queries.count; ++i) {
       T* row = rows + i * query_step_;
-      mean_key.take(row[sizes_.head_dim], row);
+      common_key.take(row[sizes_.head_dim], row);
     }
     write(gradients_.q, queries, rows, query_step_, sizes_.head_dim, static_cast<T>(in_.scale));
   }
@@ -356,7 +367,7 @@ class BackwardHead {
   // The operands with channels as depth (k, v, q, d_out), and those with channels as columns (k, q, d_out).
   AlignedBuffer<T> key_columns_, value_columns_, key_rows_, queries_, d_outs_, query_rows_, d_out_rows_;
   AlignedBuffer<T> reference_, delta_;
-  AlignedBuffer<T> key_sums_;  // of each block of keys
+  std::vector<std::unique_ptr<CommonKey<T>>> common_keys_;  // of each part of the keys
   AlignedBuffer<T> d_queries_;
 };
 

@@ -85,8 +85,7 @@ class PackedKeys {
         columns_(sizes.channels * step_),
         rows_(by_rows ? sizes.keys * rounded_up(sizes.channels, tile_width<T>) : 0),
         tables_(sizes.positions * step_),
-        bias_(step_),
-        row_sums_(rounded_up(sizes.channels, tile_width<T>)) {}
+        bias_(step_) {}
 
   void pack(int64_t batch, int64_t head) {
     constexpr int width = tile_width<T>;
@@ -105,12 +104,7 @@ class PackedKeys {
       std::fill_n(bias_.get(), keys, T(0));
     }
     std::fill_n(bias_.get() + keys, step_ - keys, -std::numeric_limits<T>::infinity());
-    attended_ = keys - std::count(bias_.get(), bias_.get() + keys, -std::numeric_limits<T>::infinity());
-    sum_rows(Matrix<const T>{form, 1, keys}, keys, channels, row_sums_.get());
   }
-
-  // Of the keys' data channels, over those that are attended to: the others have zeros.
-  MeanRow<T> mean_row() const { return {row_sums_.get(), 1, 0, attended_, sizes_.channels}; }
 
   const T* columns(int64_t key) const { return columns_.get() + key * sizes_.channels; }
   const T* rows(int64_t key) const { return rows_.get() + key * tile_width<T>; }
@@ -126,8 +120,7 @@ class PackedKeys {
   const QuerySizes& sizes_;
   const bool by_rows_;
   const int64_t step_;
-  int64_t attended_ = 0;
-  AlignedBuffer<T> columns_, rows_, tables_, bias_, row_sums_;
+  AlignedBuffer<T> columns_, rows_, tables_, bias_;
 };
 
 // The sums of the outer axes' tables for each outer position of a block of queries, of a block of up to Keys keys.

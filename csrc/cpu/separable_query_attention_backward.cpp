@@ -76,6 +76,8 @@ class Backward {
     alignas(64) T reference[kQueryBlock], delta[kQueryBlock], d_factors[kQueryBlock];
     // Of one head: the sums of d_s, and the means of what the factors multiply.
     T rests[kQueryBlock], mean_sums[kQueryBlock];
+    alignas(64) T attention[kBackwardKeys];  // that each key of a block gets
+    CommonKey<T> common_key;
 
     explicit State(const QuerySizes& sizes)
         : data_step(rounded_up(sizes.channels, tile_width<T>)),
@@ -86,7 +88,8 @@ class Backward {
           d_out_rows(kQueryBlock * rounded_up(sizes.head_dim_v, tile_width<T>)),
           data_rows(kQueryBlock * data_step),
           d_data(kQueryBlock * data_step),
-          d_outer(kQueryBlock * kBackwardKeys) {}
+          d_outer(kQueryBlock * kBackwardKeys),
+          common_key(sizes.channels) {}
   };
 
   Backward(const SeparableQueryInputs& in, const LatentOutputs& saved, const TensorView& d_out,
@@ -171,9 +174,12 @@ class Backward {
           multiply_block<T, kStep, 1>(state.d_scores.get(), block.count(), packed.rows(keys.first),
                                       sizes_.keys * tile_width<T>, keys.count, sizes_.channels,
                                       AddTo<T>{state.d_data.get(), state.data_step});
+          std::fill_n(state.attention, kBackwardKeys, T(0));
+          add_column_sums<T>(state.weights.get(), block.count(), keys.count, state.attention);
+          state.common_key.add(packed.rows(keys.first), sizes_.keys * tile_width<T>, keys.count, state.attention);
         }
       }
-      if (needs_queries()) take_rests(block, packed.mean_row(), state);
+      if (needs_queries()) take_rests(block, state);
     }
     if (needs_queries()) write_queries(batch, block, state);
   }
@@ -201,6 +207,7 @@ class Backward {
     pack_queries<T>(d_out, queries.count, sizes_.head_dim_v, T(1), state.d_out_columns.get());
     pack_panels<T>(d_out, queries.count, sizes_.head_dim_v, width, kQueryBlock * width, state.d_out_rows.get());
     const T* lse = saved_.lse.template as<const T>() + (batch * sizes_.heads + head) * sizes_.queries() + queries.first;
+    state.common_key.clear();
     std::fill_n(state.rests, kQueryBlock, T(0));
     std::fill_n(state.mean_sums, kQueryBlock, T(0));
     for (int64_t i = 0; i < queries.count; ++i) {
@@ -265,10 +272,12 @@ class Backward {
   }
 
   // Takes off what rounding left of the sums of a head's d_s (attention_blocks.h), times what its keys have in common.
-  static void take_rests(const QueryBlock& block, const MeanRow<T>& mean_key, State& state) {
+  void take_rests(const QueryBlock& block, State& state) const {
+    for (int64_t i = 0; i < block.count(); ++i) state.d_factors[i] -= state.rests[i] * state.mean_sums[i];
+    if (!gradients_.x.defined()) return;
+    state.common_key.finish();
     for (int64_t i = 0; i < block.count(); ++i) {
-      state.d_factors[i] -= state.rests[i] * state.mean_sums[i];
-      mean_key.take(state.rests[i], state.d_data.get() + i * state.data_step);
+      state.common_key.take(state.rests[i], state.d_data.get() + i * state.data_step);
     }
   }
 

@@ -1,12 +1,8 @@
-"""What keys have in common, taken off their queries' gradients: a softmax does not see it, but rounding does.
+"""What keys have in common, kept out of gradients: a softmax does not see it, but rounding does.
 
-The gradients of a row's scores sum to zero over the keys, but for rounding: they are differences of numbers that were
-rounded apart, d_out . v of each key and d_out . out. Where keys are much alike, as the latents of an untrained
-Perceiver are, that rest times what keys have in common would be most of the queries' gradient, and every key would
-share in it.
-So backward takes off again the rest times the mean key from a query's gradient, and the mean from those of the keys.
-
-Numbers of 16 bits are left as they are: rounding a difference once more costs as much as it saves.
+The gradients of a row's scores sum to zero over the keys, but for rounding. Where keys are much alike, what is left
+times what they have in common would be most of the queries' gradient, and every key would share in it: it is taken off
+again (docs/dense_attention.md, "Keys that are much alike").
 """
 
 from __future__ import annotations
@@ -14,39 +10,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Numbers of 16 bits are left as they are: rounding a difference once more costs as much as it saves.
 WIDE = (torch.float32, torch.float64)
 
 
-def centred_for_backward(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """Keys less their mean, if autograd will follow an attention that is not ours."""
-    follows = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    return k - mean_over_keys(k, mask) if follows and k.dtype in WIDE else k
-
-
 def without_mean(gradient: Tensor, mask: Tensor | None, dim: int = 2) -> Tensor:
-    """Gradients of keys less the mean that rounding has left of their sum.
+    """Gradients of keys, fresh ones, less the mean that rounding has left of their sum.
 
     Args:
         mask: bool (batch, keys), those that are attended to; the others' gradients are zero, and stay so.
         dim: that of the keys.
     """
-    if gradient.dtype not in WIDE:
+    if gradient.dtype not in WIDE or not gradient.numel():
         return gradient
-    if mask is not None and mask.shape[0] != gradient.shape[0]:  # the gradient of what all inputs share
-        mask = mask.any(0, keepdim=True)
-    mean = mean_over_keys(gradient, mask, dim)
-    return gradient - (mean if mask is None else torch.where(_along(mask, gradient, dim), mean, 0.0))
-
-
-def mean_over_keys(tensor: Tensor, mask: Tensor | None, dim: int = 2) -> Tensor:
-    """The mean over the attended keys, which have a dimension of their own and keep it; zero where not finite."""
+    # In place, unless second derivatives are asked for, which are refused.
+    result = gradient.clone() if torch.is_grad_enabled() else gradient
     if mask is None:
-        mean = tensor.mean(dim, keepdim=True)
+        return result.sub_(gradient.mean(dim, keepdim=True))
+    if mask.shape[0] != gradient.shape[0]:  # the gradient of what all inputs share
+        mask = mask.any(0, keepdim=True)
+    shape = [mask.shape[0]] + [1] * (gradient.dim() - 1)
+    shape[dim] = mask.shape[1]
+    attended = mask.view(shape).to(gradient.dtype)
+    mean = gradient.sum(dim, keepdim=True) / attended.sum(dim, keepdim=True).clamp(min=1)
+    return result.addcmul_(mean, attended, value=-1)
+
+
+def common_key(k: Tensor, mask: Tensor | None) -> Tensor:
+    """What attended keys (batch, heads, M, head_dim) have in common: their mean, in channels where it is no chance.
+
+    The mean of some large keys among many small ones would be an error for queries that attend to the small ones. Where
+    it is larger than the keys' deviation, most keys are near it.
+    """
+    if mask is None:
+        count: Tensor | int = max(k.shape[2], 1)
     else:
-        attended = _along(mask, tensor, dim)
-        count = attended.sum(dim, keepdim=True).clamp_(min=1)
-        mean = torch.where(attended, tensor, 0.0).sum(dim, keepdim=True) / count
-    return mean.nan_to_num(0.0, 0.0, 0.0)
+        k = k.masked_fill(~mask[:, None, :, None], 0.0)
+        count = mask.sum(1).clamp(min=1)[:, None, None, None]
+    mean, mean_square = k.sum(2, keepdim=True) / count, k.detach().square().sum(2, keepdim=True) / count
+    return torch.where(2 * mean.square() > mean_square, mean, 0.0)
 
 
 def without_rest(d_a: Tensor, rest: Tensor, acc: Tensor, total: Tensor) -> Tensor:
@@ -58,9 +60,3 @@ def without_rest(d_a: Tensor, rest: Tensor, acc: Tensor, total: Tensor) -> Tenso
     """
     share = torch.where(total == 0, 0.0, rest.to(d_a.dtype) / total)
     return d_a - share[..., None] * acc
-
-
-def _along(mask: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    shape = [mask.shape[0]] + [1] * (tensor.dim() - 1)
-    shape[dim] = mask.shape[1]
-    return mask.view(shape)

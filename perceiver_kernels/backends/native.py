@@ -358,7 +358,10 @@ def separable_query_attention_bwd(
     d_out: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the form, v, h, x and r, empty where not needed, by csrc/cpu/separable_query_attention.cpp."""
+    """Gradients of the form, v, h, x and r, empty where not needed.
+
+    By csrc/cpu/separable_query_attention_backward.cpp.
+    """
     batch = v.shape[0]
     shared = form, h, x, r
     form, values, bias = without_masked_keys(form, _computable(v, form), h, mask)

@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
         context_dim: channels of a token, Fourier features included; defaults to query_dim.
         heads: attention heads.
         head_dim: channels per head.
-        head_dim_v: channels per head of the values; defaults to head_dim. Where it differs, keys and values are built.
+        head_dim_v: channels per head of the values; defaults to head_dim.
         dropout: probability in [0, 1) of dropping an attention weight in training.
         qkv_bias: whether to_q and to_kv have biases.
         out_bias: whether to_out has a bias.
@@ -297,7 +297,7 @@ class CrossAttention(nn.Module):
         if path == "separable":
             return []
         (batch, tokens, _), queries, heads = context.shape, latents.shape[1], self.heads
-        plain = mask is None and (self.dropout == 0 or not self.training)
+        plain = mask is None and (self.dropout == 0 or not self.training) and not torch.is_grad_enabled()
         if path == "absorbed":
             sizes = absorbed_sizes((batch, tokens, self.context_dim), heads * queries, plain)
         else:
@@ -306,10 +306,14 @@ class CrossAttention(nn.Module):
         return [dense.describe(dense.torch_reason(latents.device, sizes), ours)]
 
     def _explain_segment(self, index: int, segment: Segment) -> str:
-        path = "absorbed"
+        path = "absorbed into its channels"
         if isinstance(segment, GridTokens):
             obstacle = separable_obstacle(segment.grid, segment.data.shape[-1])
-            path = "separable" if obstacle is None else f"absorbed, its features written out; separable: {obstacle}"
+            path = (
+                "separable"
+                if obstacle is None
+                else f"absorbed into its channels, features written out; separable: {obstacle}"
+            )
         return f"  context[{index}], {tuple(segment.shape)}: {path}"
 
     def _tokens(self, context: Tensor, grid: FourierGrid | None) -> Tensor:

@@ -167,7 +167,7 @@ def segmented_cross_attention(
 
 
 def absorbed_sizes(tokens: Sequence[int], rows: int, plain: bool) -> dense.Sizes:
-    """Of attention in the channels of tokens (batch, M, C), by the rows of all heads; plain: no mask, no dropout."""
+    """Of attention in the channels of tokens (batch, M, C), by the rows of all heads; plain: as there."""
     batch, count, channels = tokens
     return dense.Sizes(batch, 1, rows, count, channels, channels, plain)
 
@@ -184,14 +184,16 @@ def _attend_by_torch(
     """The same over one array by torch's attention, which wants LayerNorm's result in memory."""
     key_weight, _, value_weight, _, norm_weight, norm_bias, eps = projections
     batch, _, channels = tokens.shape
+    tokens = tokens.to(key_weight.dtype)
     normed = tokens if eps is None else F.layer_norm(tokens, (channels,), norm_weight, norm_bias, eps)
     query = query.unflatten(2, (heads, -1)).transpose(1, 2)
-    absorbed = query @ key_weight.unflatten(0, (heads, -1))
+    absorbed = (query @ key_weight.unflatten(0, (heads, -1))).flatten(1, 2).expand(batch, -1, -1)  # batch, rows, C
     value_bias = projections.bias_of_values()
     if value_bias is not None:  # a channel of ones sums the weights: 0 for masked rows, and not 1 under dropout
         normed, absorbed = F.pad(normed, (0, 1), value=1.0), F.pad(absorbed, (0, 1))
-    absorbed, shared = absorbed.expand(batch, -1, -1, -1), normed[:, None].expand(-1, heads, -1, -1)
-    weighted = dense.attend_by_torch(absorbed, shared, shared, mask, scale, dropout_p)
+    shared = normed[:, None]
+    weighted = dense.attend_by_torch(absorbed[:, None], shared, shared, mask, scale, dropout_p)
+    weighted = weighted.squeeze(1).unflatten(1, (heads, -1))
     out = weighted[..., :channels] @ value_weight.unflatten(0, (heads, -1)).transpose(1, 2)
     if value_bias is not None:
         out = out + weighted[..., channels:] * value_bias.unflatten(0, (heads, 1, -1))

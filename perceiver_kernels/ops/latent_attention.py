@@ -190,7 +190,9 @@ def _backward(ctx: Any, d_out: Tensor | None, _: Any) -> tuple[Any, ...]:
     d_q, d_k, d_v = torch.ops.perceiver_kernels.latent_attention_bwd(
         q, k, v, random, ctx.scale, ctx.dropout_p, out, lse, d_out
     )
-    gradients = (d_q, centring.without_mean(d_k, None), d_v)
+    if ctx.needs_input_grad[1]:
+        d_k = centring.without_mean(d_k, None)
+    gradients = (d_q, d_k, d_v)
     wanted = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False))
     return (*wanted, None, None, None)
 

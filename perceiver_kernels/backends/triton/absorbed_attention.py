@@ -243,14 +243,14 @@ def load_state(reference, correction, delta, d_total, at, inside):
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def absorbed_attention_bwd_rows_kernel(
-    a, x, positions, frequencies, mask, d_acc, reference, correction, delta, d_total, d_a,
+    a, x, positions, frequencies, mask, d_acc, reference, correction, delta, d_total, d_a, rests,
     a_batch, x_batch, x_row, x_channel, p_batch, p_row, p_axis, mask_batch, mask_row,
     rows, tokens, step, size, eps, seed, threshold, keep_scale,
     CHANNELS: tl.constexpr, AXES: tl.constexpr, WAVES: tl.constexpr, COSINES: tl.constexpr, BANDS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, TAIL: tl.constexpr, WAVE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """d_a of a block of rows from a part of the tokens: sum over m of r dS[i, m] z_m; that of dS as a last channel."""
+    """d_a of a block of rows from a part of the tokens: sum over m of r dS[i, m] z_m; and that of dS."""
     DATA: tl.constexpr = CHANNELS + AXES
     FORM: tl.constexpr = DATA + WAVES + COSINES
     batch, _, row, inside = program(rows, 1, ROWS)
@@ -279,9 +279,9 @@ def absorbed_attention_bwd_rows_kernel(
             d_s, data, tail, sine, cosine, acc, acc_tail, acc_sine, acc_cosine, TAIL, WAVES, COSINES, PRECISION
         )
 
-    results = at_results(d_a, batch, 0, row, rows, 1, size, FORM + 1)
+    results = at_results(d_a, batch, 0, row, rows, 1, size, FORM)
     store_sums(results, inside, acc, acc_tail, acc_sine, acc_cosine, DATA, WAVES, COSINES)
-    tl.store(results + FORM, rest, mask=inside)
+    tl.store(rests + tl.program_id(1).to(tl.int64) * size + batch * rows + row, rest, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
@@ -489,15 +489,14 @@ def absorbed_attention_bwd(
     state = (context.ordered(d_acc), *_reference_points(lse), delta, d_total.contiguous())
 
     def run_rows(sizes: Tiles) -> Tensor:
-        sums = a.new_empty(sizes.parts, batch, rows, context.channels + 1)
+        d_a, sums = a.new_empty(sizes.parts, batch, rows, context.channels), a.new_empty(sizes.parts, batch, rows)
         absorbed_attention_bwd_rows_kernel[(batch * triton.cdiv(rows, sizes.rows), sizes.parts)](
-            *context.tensors, *state, sums, *context.strides,
+            *context.tensors, *state, d_a, sums, *context.strides,
             rows, tokens, step_of(tokens, sizes), batch * rows, *context.numbers,
             ROWS=sizes.rows, COLUMNS=sizes.columns, num_warps=sizes.warps, num_stages=sizes.stages, **context.options,
         )  # fmt: skip
-        d_a, d_lse = sums.sum(0).split([context.channels, 1], 2)
-        rest = d_lse[..., 0] - upstream[1]
-        return over_batch(centring.without_rest(context.restored(d_a), rest, acc, total), a)
+        rest = sums.sum(0) - upstream[1]
+        return over_batch(centring.without_rest(context.restored(d_a.sum(0)), rest, acc, total), a)
 
     def run_tokens(sizes: Tiles) -> Tensor:
         assert x is not None

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perceiver_kernels.backends.centring import mean_over_keys
+from perceiver_kernels.backends.centring import common_key
 from perceiver_kernels.backends.triton import runtime, tiles
 from perceiver_kernels.backends.triton.dense_attention import (
     Limits,
@@ -341,7 +341,9 @@ def cross_attention_bwd(
     if not q.numel() or not k.numel():
         d_q, d_k, d_v = (_results(t, 1, t.shape[2], t.shape[3]).zero_() for t in (q, k, v))
         return summed(d_q, q.dtype), summed(d_k, q.dtype), summed(d_v, q.dtype)
-    delta, attended_keys = torch.empty_like(lse), mask
+    delta = torch.empty_like(lse)
+    # Contiguous, so that its sums do not depend on strides.
+    common = common_key(k.contiguous(), mask) if q.dtype == torch.float32 else None
     mask, *mask_strides = mask_arguments(mask)
     strides = (*q.stride(), *k.stride(), *v.stride())
     numbers = (scale * LOG2E.value, scale, seed, threshold(dropout_p), 1 / (1 - dropout_p))
@@ -357,11 +359,8 @@ def cross_attention_bwd(
             ROWS=sizes.rows, COLUMNS=sizes.columns, WIDTH=channels.width, TAIL=channels.tail,
             num_warps=sizes.warps, num_stages=sizes.stages, **options,
         )  # fmt: skip
-        if q.dtype == torch.float32:
-            return summed(d_q, q.dtype) - rests.sum(0)[..., None] * mean_key
-        return summed(d_q, q.dtype)
+        return summed(d_q, q.dtype) if common is None else summed(d_q, q.dtype) - rests.sum(0)[..., None] * common
 
-    mean_key = mean_over_keys(k.contiguous(), attended_keys)
     channels = share(head_dim, most.channels)
     width = channels.width + channels.tail
     default = choose_tiles(queries, keys, batch * heads * channels.count, width, most, q.device)

@@ -142,7 +142,8 @@ def latent_attention_bwd_queries_kernel(
     v_pointers = pointers(v, batch, head, column, channel_v, v_batch, v_head, v_row)
     WIDE: tl.constexpr = q.dtype.element_ty == tl.float32
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    rest, key_sum = tl.zeros((ROWS,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
+    key_sum, key_squares = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
     for first in tl.range(0, keys, COLUMNS):
         token = first + column
         k_tile = load_tile(k_pointers, token, keys, channel, EVEN, DIM, WIDTH)
@@ -158,11 +159,14 @@ def latent_attention_bwd_queries_kernel(
         if WIDE:
             rest += tl.sum(d_score, 1)
             key_sum += tl.sum(k_tile, 0)
+            key_squares += tl.sum(k_tile * k_tile, 0)
         acc = tl.dot(d_score.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
         k_pointers += COLUMNS * tl.cast(k_row, tl.int64)
         v_pointers += COLUMNS * tl.cast(v_row, tl.int64)
-    if WIDE:  # what rounding leaves of a sum of d_score, times what keys have in common (backends/centring.py)
-        acc -= rest[:, None] * (key_sum / tl.maximum(keys, 1))[None, :]
+    if WIDE:  # what rounding leaves of a sum of d_score, times what keys have in common (docs/dense_attention.md)
+        mean = key_sum / tl.maximum(keys, 1)
+        mean = tl.where(2 * mean * key_sum > key_squares, mean, 0.0)  # as common_key of backends/centring.py
+        acc -= rest[:, None] * mean[None, :]
     store_tile(results(d_q, batch, head, row, channel, heads, queries, DIM), acc * scale, row, queries, channel, DIM)
 
 
