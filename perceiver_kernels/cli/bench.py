@@ -17,6 +17,7 @@ from perceiver_kernels.benchmarking import (
     encoder_bars,
     integration_bars,
     machine,
+    parity_bars,
     tables,
     tower_bars,
 )
@@ -40,6 +41,7 @@ BARS = {
     "tower": tower_bars.GROUPS,
     "decoder": decoder_bars.GROUPS,
     "integrations": integration_bars.GROUPS,
+    "parity": parity_bars.GROUPS,
 }
 
 
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="all",
         choices=("all", *BARS),
         help="measure what this library holds itself to: of the encoder, of the latent tower, of the decoder, of other "
-        "libraries' models accelerated, or all",
+        "libraries' models accelerated, of the exactness of these, or all",
     )
     parser.add_argument("--strict", action="store_true", help="with --bars: exit with 1 where a bar is missed")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
